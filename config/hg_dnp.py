@@ -1,0 +1,3 @@
+# Second step of the build-up to unified: HG + DNP.
+heterogeneous = True
+placement = "dual_norm"

@@ -1,0 +1,2 @@
+# A peer of OR: γ = β α, with no norm in it.
+reparam = "product"

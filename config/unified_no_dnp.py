@@ -1,0 +1,4 @@
+# unified without DNP.
+heterogeneous = True
+reparam = "or"
+scale_decay = "input"

@@ -1,0 +1,4 @@
+# unified without HG.
+placement = "dual_norm"
+reparam = "or"
+scale_decay = "input"

@@ -1,0 +1,4 @@
+# unified without OR.
+heterogeneous = True
+placement = "dual_norm"
+scale_decay = "input"

@@ -1,0 +1,2 @@
+# Weight decay on every γ: the default.
+scale_decay = "all"

@@ -1,0 +1,2 @@
+# No weight decay on any γ: the convention of nanoGPT and others.
+scale_decay = "none"

@@ -1,0 +1,179 @@
+"""
+Flat, typed settings from config files and --key=value flags, applied left to right:
+
+    python train.py config/size/llama_0.12b.py config/unified.py --seed=2
+
+The settings are a dataclass whose fields carry their type, their range and a trailing comment; --help prints
+those lines. A config file is plain Python assignments. It is code and it is run: read a stranger's first.
+Whatever is wrong is said in one line on stderr, with exit code 2.
+"""
+
+import difflib
+import inspect
+import os
+import sys
+from ast import literal_eval
+from dataclasses import fields
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting that the user can put right. The message is one line: what was wrong, and what to do."""
+
+
+# Ranges are part of a field's type: Annotated[type, lowest, highest].
+Count = Annotated[int, 1, None]
+Whole = Annotated[int, 0, None]
+Amount = Annotated[float, 0.0, None]
+Fraction = Annotated[float, 0.0, 1.0]
+
+
+def check(name, value, hint):
+    """
+    Return value as the type that hint asks for: an int is taken where a float is due, and nothing else is.
+
+    hint: int, float, bool, str, Literal[...] or Annotated[type, lowest, highest].
+    Raises ConfigError when the type, the choice or the range is wrong.
+    """
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        # 1 == True in Python, but --compile=1 is not --compile=True
+        if not any(value == c and type(value) is type(c) for c in choices):
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+        return value
+    lowest = highest = None
+    if get_origin(hint) is Annotated:
+        hint, lowest, highest = get_args(hint)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{name} must be {_article(hint)}, not {value!r}")
+    if hint is float and not abs(value) < float("inf"):
+        raise ConfigError(f"{name} must be a finite number, not {value!r}")
+    if (lowest is not None and value < lowest) or (highest is not None and value > highest):
+        bounds = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
+        raise ConfigError(f"{name} must be {bounds}, not {value!r}")
+    return value
+
+
+def _article(kind):
+    return {int: "an int", float: "a float", bool: "True or False", str: "a string"}[kind]
+
+
+def _known(name, hints, where):
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else " --help lists them all."
+        raise ConfigError(f"{where}: there is no setting {name!r}.{hint}")
+
+
+def read_file(path, hints):
+    """
+    Run a config file and return its assignments as a dict; names that begin with an underscore are its own.
+
+    Raises ConfigError for a file that is not there, cannot run, or sets what is not a setting.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            code = compile(f.read(), path, "exec")
+        namespace = {}
+        exec(code, namespace)
+    except FileNotFoundError:
+        folder = os.path.dirname(path) or "."
+        there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(path), there, n=1)
+        hint = f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
+        raise ConfigError(f"{path}: there is no such config file.{hint}") from None
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
+    except (Exception, SystemExit) as e:  # whatever the file's own code does wrong is the file's mistake
+        line = getattr(e, "lineno", None)
+        trace = e.__traceback__
+        while trace is not None:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
+            trace = trace.tb_next
+        where = f"{path}:{line}" if line else path
+        raise ConfigError(f"{where}: {type(e).__name__}: {' '.join(str(e).split())}") from None
+    values = {name: value for name, value in namespace.items() if not name.startswith("_")}
+    for name, value in values.items():
+        _known(name, hints, path)
+        try:
+            values[name] = check(name, value, hints[name])
+        except ConfigError as e:
+            raise ConfigError(f"{path}: {e}") from None
+    return values
+
+
+def read_flag(arg, hints):
+    """Return (name, value) of one --key=value. Raises ConfigError."""
+    name, equals, text = arg[2:].partition("=")
+    _known(name, hints, arg)
+    if not equals:
+        raise ConfigError(f"{arg}: a flag needs a value, as in {arg}=...")
+    try:
+        value = literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    # a folder may be called 2026, and 007 too: what should be a string is taken as it was typed
+    if hints[name] is str:
+        value = text
+    return name, check(name, value, hints[name])
+
+
+def configure(settings_class, args):
+    """
+    Apply config files and --key=value flags to settings_class's defaults, left to right.
+
+    Returns (settings, files): an instance of the dataclass, and the config files named. Raises ConfigError.
+    """
+    hints = get_type_hints(settings_class, include_extras=True)
+    values, files = {}, []
+    for arg in args:
+        if arg.startswith("--"):
+            name, value = read_flag(arg, hints)
+            values[name] = value
+        elif arg.startswith("-"):
+            raise ConfigError(f"{arg}: flags are written --name=value")
+        elif "=" in arg and not os.path.exists(arg):
+            raise ConfigError(f"{arg}: flags begin with two dashes: --{arg}")
+        else:
+            values.update(read_file(arg, hints))
+            files.append(arg)
+    return settings_class(**values), files
+
+
+def help_text(settings_class):
+    """The lines of settings_class's body: every setting with its default, its choices and its comment."""
+    hints = get_type_hints(settings_class, include_extras=True)
+    comments = {}
+    for line in inspect.getsource(settings_class).splitlines():
+        name, colon, rest = line.strip().partition(":")
+        if colon and name in hints:
+            comments[name] = rest.partition("  # ")[2]
+    lines = []
+    for f in fields(settings_class):
+        default = f.default if f.default != "" else '""'
+        lines.append(f"  {f'--{f.name}={default}':<32} {comments[f.name]}")
+        if get_origin(hints[f.name]) is Literal:
+            choices = "|".join(map(str, get_args(hints[f.name])))
+            lines[-1] += f" [{choices}]"
+    return "\n".join(lines)
+
+
+def from_command_line(settings_class, usage):
+    """What a script does with sys.argv: --help prints and exits 0, a mistake is one line on stderr and exit 2."""
+    args = sys.argv[1:]
+    if "--help" in args or "-h" in args:
+        print(usage.strip() + "\n\nsettings, with their defaults:\n" + help_text(settings_class))
+        sys.exit(0)
+    try:
+        return configure(settings_class, args)
+    except ConfigError as e:
+        refuse(e)
+
+
+def refuse(error):
+    """One line on stderr and exit code 2; under torchrun, from the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,147 @@
+"""
+Scale vectors: the γ of RMSNorm, in every form, place and role.
+
+After arXiv 2605.26895. A *branch* is a linear map fed by a Pre-Norm. With N(x) = x / sqrt(mean(x²) + ε):
+
+    baseline             W_c (γ ⊙ N(x))             one γ for all branches of the norm
+    HG  heterogeneous    W_c (v_c ⊙ N(x))           a γ for each
+    DP  dual             u_c ⊙ W_c (v_c ⊙ N(x))     one on the output side too
+    DNP dual_norm        u_c ⊙ N(W_c (v_c ⊙ N(x)))  with a norm before it
+    norm                 N(W_c (v_c ⊙ N(x)))        the norm without the vector: a control of ours
+
+HG is about who shares v, the others are about what stands behind W, so the two combine.
+
+All but DNP's u are one view: W_c ↦ diag(u_c) W_c diag(v_c). So they need no work on activations. They are folded
+into the weight in the pass that casts it to the compute dtype, and all branches run as one GEMM on N(x).
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import rms_norm, scaled_cast
+
+FORMS = ("direct", "or", "er", "product", "zero_centred")
+PLACEMENTS = ("input", "dual", "dual_norm", "norm")
+
+
+class ScaleVector(nn.Module):
+    """
+    A scale vector γ, 1 everywhere at initialisation. Calling it returns γ, (n,) in the parameters' dtype.
+
+    role: 'input' when what it scales goes straight into linear maps, 'output' otherwise. The optimizer reads it:
+        decay helps the first and hurts the second (paper, section on weight decay).
+    form: how γ is parameterised. α ∈ Rⁿ and β is a scalar.
+        direct        γ
+        zero_centred  γ = 1 + w, as Gemma's: decay pulls γ to 1, not to 0
+        product       γ = β α
+        or            γ = β √n α/‖α‖     "original space": gradient flow moves the magnitude n times faster
+        er            γ = exp(β) √n α/‖α‖  "exponential space"
+        Of `or` and `er` the paper's split into magnitude and direction is known to us; these formulas are our
+        reconstruction.
+    """
+
+    def __init__(self, n, role, form="direct"):
+        super().__init__()
+        if role not in ("input", "output") or form not in FORMS:
+            raise ValueError(f"no scale vector has role {role!r} and form {form!r}; forms: {', '.join(FORMS)}")
+        self.n, self.role, self.form = n, role, form
+        if form == "direct":
+            self.gamma = nn.Parameter(torch.empty(n))
+        elif form == "zero_centred":
+            self.w = nn.Parameter(torch.empty(n))
+        else:
+            self.beta = nn.Parameter(torch.empty(()))
+            self.alpha = nn.Parameter(torch.empty(n))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self):
+        for name, p in self.named_parameters():
+            p.fill_(0.0 if name == "w" or (name == "beta" and self.form == "er") else 1.0)
+
+    def decays(self, name):
+        """Whether weight decay on this parameter moves γ: shrinking α leaves √n α/‖α‖ as it was."""
+        return not (name == "alpha" and self.form in ("or", "er"))
+
+    def forward(self):
+        if self.form == "direct":
+            return self.gamma
+        if self.form == "zero_centred":
+            return 1.0 + self.w
+        if self.form == "product":
+            return self.beta * self.alpha
+        magnitude = self.beta if self.form == "or" else self.beta.exp()
+        return magnitude * math.sqrt(self.n) * self.alpha / torch.linalg.vector_norm(self.alpha)
+
+    def extra_repr(self):
+        return f"{self.n}, role={self.role}, form={self.form}"
+
+
+def output_norm(y, scale, group, eps):
+    """
+    γ ⊙ N(y), the mean taken over each `group` of channels: a head, or all of them.
+
+    y: (..., n). scale: None, or a ScaleVector of n channels or of one group's, which all groups then share.
+    """
+    gamma = None if scale is None else scale().view(-1, group)
+    return rms_norm(y.unflatten(-1, (-1, group)), eps, gamma).flatten(-2)
+
+
+class Branches(nn.Module):
+    """
+    The linear maps behind one Pre-Norm, with their scale vectors. Takes N(x), returns a tuple of outputs.
+
+    n_in: width of N(x). n_out: name -> width of each branch, in order.
+    placement: 'input', 'dual', 'dual_norm' or 'norm' (this file's head). heterogeneous: v_c for each branch, else
+    one v for all. form: of every scale vector. scale_vectors: False fixes all of them to 1. role: of v.
+    group: channels that dual_norm's and norm's N covers, such as a head's; by default the branch's whole width.
+
+    Each branch keeps a 2-D weight of its own, (n_out, n_in), since initialisation and Muon act on matrices.
+    `folded` says which of two equal ways computes the outputs. True scales the weights and is how it runs; False
+    scales the activations, as the paper writes it, and is there to be compared with.
+    """
+
+    folded = True
+
+    def __init__(self, n_in, n_out, placement="input", heterogeneous=False, form="direct", scale_vectors=True,
+                 role="input", group=None, eps=1e-6):
+        super().__init__()
+        if placement not in PLACEMENTS:
+            raise ValueError(f"no placement {placement!r}; there are: {', '.join(PLACEMENTS)}")
+        self.n_out, self.placement, self.group, self.eps = dict(n_out), placement, group, eps
+        self.weight = nn.ParameterDict({c: nn.Parameter(torch.empty(n, n_in)) for c, n in n_out.items()})
+        self.u, self.v = nn.ModuleDict(), nn.ModuleDict()
+        if scale_vectors:
+            for c in n_out if heterogeneous else ("shared",):
+                self.v[c] = ScaleVector(n_in, role, form)
+        if scale_vectors and placement in ("dual", "dual_norm"):
+            for c, n in n_out.items():
+                self.u[c] = ScaleVector(n, "output", form)
+
+    def vectors(self):
+        """The effective (u_c, v_c) of each branch, None where there is none."""
+        shared = self.v["shared"]() if "shared" in self.v else None
+        for c in self.n_out:
+            u = self.u[c]() if c in self.u else None
+            v = self.v[c]() if c in self.v else shared
+            yield c, u, v
+
+    def forward(self, h):
+        # h: (..., n_in), the output of N
+        dual = self.placement == "dual"
+        if self.folded:
+            weights = [scaled_cast(self.weight[c], u if dual else None, v, h.dtype) for c, u, v in self.vectors()]
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            y = F.linear(h, weight).split(list(self.n_out.values()), dim=-1)
+        else:
+            y = []
+            for c, u, v in self.vectors():
+                y_c = F.linear(h if v is None else (h * v).to(h.dtype), self.weight[c].to(h.dtype))
+                y.append((y_c * u).to(h.dtype) if dual and u is not None else y_c)
+        if self.placement in ("dual_norm", "norm"):
+            y = [output_norm(y_c, self.u[c] if c in self.u else None, self.group or n, self.eps)
+                 for y_c, (c, n) in zip(y, self.n_out.items())]
+        return tuple(y)

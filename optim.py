@@ -1,0 +1,72 @@
+"""
+Parameter groups by role, AdamW, Muon, and learning-rate schedules that are pure functions of the step.
+"""
+
+import math
+
+import torch
+
+
+def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0):
+    """
+    Groups for an optimizer, each with a 'name', 'params', 'weight_decay' and 'lr_mult'; empty ones are left out.
+
+    named_roles: (name, parameter, role, decays) of every parameter, as GPT.named_roles yields them.
+    scale_decay: which scale vectors decay: 'input', 'output', 'all' or 'none', by role. Matrices and embeddings do.
+    Raises AssertionError unless every parameter is in exactly one group.
+    """
+    named_roles = list(named_roles)
+    groups = {}
+    for name, p, role, decays in named_roles:
+        is_scale = role in ("input", "output")
+        if is_scale:
+            decays = decays and scale_decay in (role, "all")
+        key = f"scale_{role}" if is_scale else role
+        if not decays:
+            key += "_no_decay"
+        group = groups.setdefault(key, {"name": key, "params": [], "weight_decay": weight_decay if decays else 0.0,
+                                        "lr_mult": scale_lr_mult if is_scale else 1.0})
+        group["params"].append(p)
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted({id(p) for _, p, _, _ in named_roles}), "a parameter is in no group or in two"
+    return list(groups.values())
+
+
+def make_optimizers(groups, optimizer, betas):
+    """
+    A list of optimizers over groups: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
+
+    Muon (Keller Jordan, 2024) is torch.optim's, scaled so that its updates are as large as AdamW's (arXiv
+    2502.16982): both then share one learning rate and weight decay.
+    """
+    hidden = [g for g in groups if optimizer == "muon" and g["name"] == "matrix"]
+    rest = [g for g in groups if optimizer != "muon" or g["name"] != "matrix"]
+    optimizers = [torch.optim.AdamW(rest, lr=0.0, betas=betas, eps=1e-8, fused=True)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def set_lr(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+
+
+def lr_at(step, lr, schedule, warmup_steps, max_steps, min_lr_frac, decay_frac):
+    """
+    The learning rate of the update that makes step into step + 1, for step = 0 … max_steps − 1.
+
+    Linear warm-up from lr/warmup_steps to lr. Then 'cosine' down to min_lr_frac · lr at max_steps; 'wsd' (arXiv
+    2404.06395) holds lr and goes down linearly over the last decay_frac of all steps; 'constant' holds it.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    low = lr * min_lr_frac
+    if schedule == "cosine":
+        done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        return low + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (lr - low)
+    if schedule == "wsd":
+        left = (max_steps - step) / max(1.0, decay_frac * max_steps)
+        return low + min(1.0, max(0.0, left)) * (lr - low)
+    return lr

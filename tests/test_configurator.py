@@ -1,0 +1,122 @@
+"""configurator.py: what is taken, and that every mistake is one line on stderr with exit code 2."""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from configurator import Amount, ConfigError, Count, Fraction, Whole, configure
+from conftest import ROOT
+
+
+@dataclass
+class Settings:
+    layers: Count = 4  # how many
+    warmup: Whole = 0  # steps
+    rate: Amount = 1e-3  # peak
+    share: Fraction = 0.5  # of all
+    tie: bool = False  # or not
+    name: str = ""  # of the run
+    kind: Literal["auto", True, False] = "auto"  # which
+
+
+def read(*args):
+    return configure(Settings, args)[0]
+
+
+@pytest.mark.parametrize("flag,name,value", [
+    ("--layers=7", "layers", 7), ("--rate=1", "rate", 1.0), ("--rate=3e-4", "rate", 3e-4), ("--tie=True", "tie", True),
+    ("--name=2026", "name", "2026"), ("--name=a=b", "name", "a=b"), ("--name=", "name", ""),
+    ("--kind=False", "kind", False), ("--kind=auto", "kind", "auto"), ("--share=0", "share", 0.0),
+])
+def test_flags(flag, name, value):
+    got = getattr(read(flag), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("flag,message", [
+    ("--layer=7", "no setting 'layer'. Did you mean 'layers'?"),
+    ("--zzz=7", "--help lists them all"),
+    ("--layers=7.0", "layers must be an int, not 7.0"),
+    ("--layers=True", "layers must be an int, not True"),
+    ("--layers=0", "layers must be at least 1, not 0"),
+    ("--warmup=-1", "warmup must be at least 0"),
+    ("--rate=fast", "rate must be a float, not 'fast'"),
+    ("--rate=nan", "rate must be a float, not 'nan'"),
+    ("--rate=1e999", "rate must be a finite number"),
+    ("--share=1.5", "share must be between 0.0 and 1.0, not 1.5"),
+    ("--tie=1", "tie must be True or False, not 1"),
+    ("--tie=true", "tie must be True or False, not 'true'"),
+    ("--kind=1", "kind must be one of auto, True, False, not 1"),
+    ("--layers", "a flag needs a value, as in --layers=..."),
+    ("-layers=3", "flags are written --name=value"),
+    ("layers=3", "flags begin with two dashes: --layers=3"),
+])
+def test_mistakes_in_flags(flag, message):
+    with pytest.raises(ConfigError) as e:
+        read(flag)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_files_and_flags_apply_left_to_right(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text("_half = 3\nlayers, rate = 2 * _half, 1\n")
+    assert read("--layers=2", str(file)).layers == 6
+    assert read(str(file), "--layers=2").layers == 2
+    assert read(str(file)).rate == 1.0
+    assert configure(Settings, [str(file)])[1] == [str(file)]
+
+
+@pytest.mark.parametrize("text,message", [
+    ("layer = 3", "there is no setting 'layer'. Did you mean 'layers'?"),
+    ("layers = '3'", "layers must be an int, not '3'"),
+    ("import math", "there is no setting 'math'"),
+    ("layers = (", ":1: SyntaxError"),
+    ("\nlayers = nothing", ":2: NameError"),
+    ("raise SystemExit(0)", ":1: SystemExit"),
+])
+def test_mistakes_in_files(tmp_path, text, message):
+    file = tmp_path / "a.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as e:
+        read(str(file))
+    assert message in str(e.value) and str(file) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_file_that_is_not_there_and_one_that_is_no_text(tmp_path):
+    (tmp_path / "unified.py").write_text("")
+    with pytest.raises(ConfigError, match="no such config file. Did you mean .*unified.py"):
+        read(str(tmp_path / "unifed.py"))
+    (tmp_path / "b.py").write_bytes(b"\xff\xfe\x00")
+    for name in ("b.py", ""):
+        with pytest.raises(ConfigError) as e:
+            read(str(tmp_path / name))
+        assert "\n" not in str(e.value)
+
+
+def train(*args):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_is_complete_and_quick():
+    from dataclasses import fields
+    from train import Settings
+    started = time.perf_counter()
+    run = train("--help")
+    assert run.returncode == 0 and time.perf_counter() - started < 2
+    lines = {line.split("=")[0].strip(): line for line in run.stdout.splitlines() if line.startswith("  --")}
+    assert list(lines) == [f"--{f.name}" for f in fields(Settings)]
+    for name, line in lines.items():
+        default, comment = line.split("=", 1)[1].split(maxsplit=1)
+        assert comment, f"{name} has no comment"
+        assert default.strip('"') == str(getattr(Settings(), name[2:]))
+
+
+@pytest.mark.parametrize("args", [["--n_lyer=3"], ["config/unifed.py"], ["--lr=fast"], ["--n_layer"]])
+def test_the_command_line_refuses_in_one_line(args):
+    run = train(*args)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("train.py: ")

@@ -1,0 +1,193 @@
+"""model.py: the two ways to compute it agree, every strategy starts from the same function, counts are exact."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, apply_rope, rope_tables
+from norms import FORMS, PLACEMENTS, Branches, ScaleVector
+
+TINY = dict(n_layer=2, n_head=2, n_embd=16, ffn_dim=20, vocab_size=31, block_size=12)
+VARIANTS = list(itertools.product(("llama", "gemma"), FORMS, PLACEMENTS, (False, True)))
+
+
+def tiny(seed=0, **kw):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**TINY, **kw}))
+
+
+def tokens(seed=0, B=3, T=12):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 31, (B, T), generator=g), torch.randint(0, 31, (B, T), generator=g)
+
+
+def shake(model, seed=1):
+    """Move every γ away from 1, so that a vector applied in the wrong place cannot hide."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ScaleVector):
+                for p in module.parameters():
+                    p.add_(0.3 * torch.randn(p.shape, generator=g))
+    return model
+
+
+@pytest.mark.parametrize("arch,form,placement,heterogeneous", VARIANTS)
+@pytest.mark.parametrize("tie", [False, True])
+def test_folded_and_unfolded_agree_in_loss_and_every_gradient(arch, form, placement, heterogeneous, tie):
+    model = shake(tiny(arch=arch, reparam=form, placement=placement, heterogeneous=heterogeneous,
+                       tie_embeddings=tie, dtype="float64")).double()
+    with torch.no_grad():
+        for _, p, role, _ in model.named_roles():
+            if role in ("matrix", "embedding"):
+                p.mul_(10)  # at 0.02 the logits are so flat that an error could hide
+    x, y = tokens()
+    results = []
+    for folded in (True, False):
+        for module in model.modules():
+            if isinstance(module, Branches):
+                module.folded = folded
+        model.zero_grad(set_to_none=True)
+        loss = model(x, y)[1]
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    (loss, grads), (loss_, grads_) = results
+    assert abs(loss - loss_) < 1e-10
+    for name in grads:
+        assert grads[name] is not None and (grads[name] - grads_[name]).abs().max() < 1e-10, name
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma"])
+@pytest.mark.parametrize("kw", [dict(), dict(heterogeneous=True), dict(placement="dual"),
+                                *(dict(reparam=form) for form in FORMS)], ids=str)
+def test_every_strategy_without_a_new_norm_starts_as_no_scale(arch, kw):
+    reference, _ = tiny(arch=arch, scale_vectors=False)(tokens()[0])
+    logits, _ = tiny(arch=arch, **kw)(tokens()[0])  # the same seed: the same matrices, whatever the vectors
+    assert torch.allclose(logits, reference, atol=1e-6)
+
+
+def test_the_new_norms_do_change_the_function():
+    reference, _ = tiny(scale_vectors=False)(tokens()[0])
+    assert not torch.allclose(tiny(placement="norm", scale_vectors=False)(tokens()[0])[0], reference, atol=1e-3)
+
+
+@pytest.mark.parametrize("qkv_norm", ["head", "full"])
+def test_qkv_norm_has_unit_mean_square_over_its_group(qkv_norm):
+    model = tiny(placement="norm", qkv_norm=qkv_norm)
+    q, _, v = model.blocks[0].attn.qkv(torch.randn(2, 3, 16) * 5)
+    for y in (q, v):
+        by_head = y.unflatten(-1, (2, 8)).square().mean(-1)
+        assert torch.allclose(y.square().mean(-1), torch.ones(2, 3), atol=1e-3)
+        assert torch.allclose(by_head, torch.ones(2, 3, 2), atol=1e-3) == (qkv_norm == "head")
+
+
+def test_attention_and_ffn_placements_can_differ():
+    model = tiny(attn_placement="dual", ffn_placement="dual_norm")
+    assert model.blocks[0].attn.qkv.placement == "dual" and model.blocks[0].ffn.gate_up.placement == "dual_norm"
+
+
+def test_model_is_causal():
+    model, (x, _) = shake(tiny(placement="dual_norm", heterogeneous=True)), tokens()
+    changed = x.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 31
+    a, b = model(x)[0], model(changed)[0]
+    assert torch.equal(a[:, :7], b[:, :7]) and not torch.allclose(a[:, 7:], b[:, 7:])
+
+
+def test_rope_turns_by_relative_position():
+    cos, sin = rope_tables(8, 32, 10000.0)
+    q, k = torch.randn(1, 1, 1, 8).expand(1, 32, 1, 8), torch.randn(1, 1, 1, 8).expand(1, 32, 1, 8)
+    q, k = apply_rope(q, cos, sin)[0, :, 0], apply_rope(k, cos, sin)[0, :, 0]
+    scores = q @ k.T
+    assert torch.allclose(scores.diagonal(3)[0], scores.diagonal(3), atol=1e-5)
+    assert torch.allclose(q.norm(dim=-1), q[0].norm().expand(32), atol=1e-5)
+    # position 1 turns the first pair by one radian
+    assert math.isclose(math.atan2(sin[1, 0], cos[1, 0]), 1.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("kw,params,scale_params", [
+    (dict(), 1028065024, 80640),
+    (dict(scale_vectors=False), 1028065024 - 80640, 0),
+    # HG: three γ and two for one each; OR: β for each vector
+    (dict(heterogeneous=True), None, 22 * 5 * 1792 + 1792),
+    (dict(heterogeneous=True, placement="dual_norm", reparam="or"), None,
+     22 * (5 * 1793 + 3 * 1793 + 2 * 4779) + 1793),
+])
+def test_counts_of_the_papers_1b(kw, params, scale_params):
+    with torch.device("meta"):
+        counts = GPT(GPTConfig(n_layer=22, n_head=28, n_embd=1792, vocab_size=50304, block_size=1024, **kw)).counts()
+    assert counts["scale_params"] == scale_params
+    assert counts["params"] == (params or 1028065024 - 80640 + scale_params)
+
+
+def test_flops_by_hand():
+    d, f, L, V, T = 16, 20, 2, 31, 12
+    matmuls = L * (4 * d * d + 3 * d * f) + V * d
+    for kw in (dict(), dict(tie_embeddings=True), dict(heterogeneous=True, placement="dual")):
+        assert tiny(**kw).flops_per_token() == 6 * matmuls + 12 * L * d * T
+
+
+def test_roles_cover_every_parameter_once_and_a_new_one_is_refused():
+    model = tiny(arch="gemma", heterogeneous=True, placement="dual", reparam="or")
+    named = [name for name, *_ in model.named_roles()]
+    assert sorted(named) == sorted(name for name, _ in model.named_parameters())
+    model.blocks[0].surprise = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="blocks.0.surprise"):
+        model.init_weights()
+
+
+@pytest.mark.parametrize("role", ["input", "output"])
+def test_final_norm_role(role):
+    roles = {name: r for name, _, r, _ in tiny(final_norm_role=role).named_roles()}
+    assert roles["lm_head.v.shared.gamma"] == role and roles["blocks.0.attn.qkv.v.shared.gamma"] == "input"
+
+
+def test_roles_of_gemmas_vectors():
+    roles = {name: r for name, _, r, _ in tiny(arch="gemma").named_roles()}
+    outputs = {"attn.q_scale", "attn.k_scale", "attn_post", "ffn_post"}
+    assert all(roles[f"blocks.1.{name}.gamma"] == "output" for name in outputs)
+    assert roles["blocks.1.ffn.gate_up.v.shared.gamma"] == "input"
+
+
+def test_bf16_activations_with_fp32_parameters_and_loss():
+    model = tiny(dtype="bfloat16", placement="dual_norm", heterogeneous=True)
+    logits, loss = model(*tokens())
+    loss.backward()
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32} == {p.grad.dtype for p in model.parameters()}
+    assert abs(loss - tiny(placement="dual_norm", heterogeneous=True)(*tokens())[1]) < 0.01
+
+
+def test_loss_is_the_mean_over_all_tokens():
+    model, (x, y) = tiny(), tokens()
+    logits, loss = model(x, y)
+    by_hand = -logits.double().log_softmax(-1).gather(-1, y[..., None]).mean()
+    assert abs(loss - by_hand) < 1e-5
+
+
+def test_generate_respects_top_k_temperature_and_block_size():
+    model, (x, _) = tiny(), tokens(B=2, T=5)
+    greedy = torch.cat(list(model.generate(x, 20, temperature=0)), dim=1)
+    assert greedy.shape == (2, 20)  # past block_size 12, too
+    assert torch.equal(greedy, torch.cat(list(model.generate(x, 20, top_k=1)), dim=1))
+    assert torch.equal(greedy[:, :1], model(x)[0][:, -1].argmax(-1, keepdim=True))
+    seeded = lambda s: torch.cat(list(model.generate(x, 20, generator=torch.Generator().manual_seed(s))), dim=1)
+    assert torch.equal(seeded(1), seeded(1)) and not torch.equal(seeded(1), seeded(2))
+
+
+@pytest.mark.parametrize("kw,message", [(dict(n_embd=15), "divisible by n_head"), (dict(n_embd=6), "odd")])
+def test_impossible_shapes_are_refused(kw, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{**TINY, **kw})
+    with pytest.raises(ValueError, match="do not fit"):
+        tiny()(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_two_models_in_one_process_share_nothing():
+    a, b = tiny(0), tiny(1)
+    before = b(tokens()[0])[0]
+    F.cross_entropy(a(tokens()[0])[0].flatten(0, 1), tokens()[1].flatten()).backward()
+    assert all(p.grad is None for p in b.parameters()) and torch.equal(before, b(tokens()[0])[0])

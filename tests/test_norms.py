@@ -1,0 +1,150 @@
+"""norms.py and the plain twins of kernels.py, against float64 and against each other."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from kernels import rms_norm, scaled_cast
+from norms import FORMS, PLACEMENTS, Branches, ScaleVector
+
+torch.manual_seed(0)
+
+
+def naive_rms_norm(x, eps, gamma=None):
+    y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return y if gamma is None else y * gamma
+
+
+def grads(f, *inputs, dy):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    y = f(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 64), (3, 1), (1, 257), (0, 8)])
+@pytest.mark.parametrize("with_gamma", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_against_float64(shape, with_gamma, dtype):
+    x, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    gamma = torch.rand(shape[-1], dtype=torch.promote_types(dtype, torch.float32)) + 0.5
+    inputs = (x, gamma) if with_gamma else (x,)
+    f = lambda x, g=None: rms_norm(x, 1e-6, g)
+    naive = lambda x, g=None: naive_rms_norm(x, 1e-6, g)
+    exact = grads(naive, *(t.double() for t in inputs), dy=dy)
+    ours = grads(f, *inputs, dy=dy)
+    # the same formula, done in the low precision throughout: ours may be at most twice as far from the truth
+    plain = grads(naive, *(t.to(dtype) for t in inputs), dy=dy)
+    assert ours[0].dtype == dtype
+    for o, p, e in zip(ours, plain, exact):
+        allowed = 2 * (p.double() - e).abs().max() + 4 * torch.finfo(dtype).eps * max(1, e.abs().max()) if e.numel() else 0
+        assert e.numel() == 0 or (o.double() - e).abs().max() <= allowed
+
+
+def test_rms_norm_second_derivative():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: rms_norm(x, 1e-3), x)
+
+
+def test_rms_norm_keeps_nan_and_inf_in_their_row_and_survives_a_row_of_zeros():
+    x = torch.randn(4, 8)
+    x[1, 3], x[2, 0], x[3] = math.nan, math.inf, 0
+    y = rms_norm(x, 1e-6)
+    assert y[0].isfinite().all() and y[1].isnan().all() and y[2, 0].isnan() and (y[3] == 0).all()
+
+
+def test_scaled_cast_rounds_once():
+    w, u, v = torch.randn(33, 17), torch.rand(33) + 0.5, torch.rand(17) + 0.5
+    exact = (u.double()[:, None] * w.double() * v.double()).to(torch.bfloat16)
+    twice = (w * v).to(torch.bfloat16) * u.to(torch.bfloat16)[:, None]
+    ours = scaled_cast(w, u, v, torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    assert (ours != exact).float().mean() < 0.01 < (twice != exact).float().mean()
+
+
+def test_scaled_cast_takes_a_stack_of_matrices():
+    w, u, v = torch.randn(3, 5, 4), torch.randn(3, 5), torch.randn(3, 4)
+    each = [scaled_cast(w[e], u[e], v[e], torch.float32) for e in range(3)]
+    assert torch.equal(scaled_cast(w, u, v, torch.float32), torch.stack(each))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scale_vector_formulas(form):
+    s = ScaleVector(7, "input", form).double()
+    assert torch.allclose(s(), torch.ones(7, dtype=torch.float64), atol=1e-15)
+    with torch.no_grad():
+        for p in s.parameters():
+            p.copy_(torch.rand_like(p) + 0.3)
+    p = {name: p.detach() for name, p in s.named_parameters()}
+    expected = {
+        "direct": lambda: p["gamma"],
+        "zero_centred": lambda: 1 + p["w"],
+        "product": lambda: p["beta"] * p["alpha"],
+        "or": lambda: p["beta"] * 7 ** 0.5 * p["alpha"] / p["alpha"].square().sum().sqrt(),
+        "er": lambda: math.exp(p["beta"]) * 7 ** 0.5 * p["alpha"] / p["alpha"].square().sum().sqrt(),
+    }[form]()
+    assert torch.allclose(s(), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decays_says_which_parameters_move_gamma_when_they_shrink(form):
+    s = ScaleVector(5, "output", form).double()
+    with torch.no_grad():
+        for p in s.parameters():
+            p.copy_(torch.rand_like(p) + 0.3)
+    before = s().detach().clone()
+    for name, p in s.named_parameters():
+        old = p.detach().clone()
+        with torch.no_grad():
+            p.mul_(0.5)
+        moved = not torch.allclose(s(), before, atol=1e-12)
+        assert moved == s.decays(name), name
+        with torch.no_grad():
+            p.copy_(old)
+
+
+def test_unknown_form_role_and_placement_are_refused():
+    with pytest.raises(ValueError, match="form"):
+        ScaleVector(4, "input", "exotic")
+    with pytest.raises(ValueError, match="role"):
+        ScaleVector(4, "inside")
+    with pytest.raises(ValueError, match="placement"):
+        Branches(4, {"q": 4}, placement="triple")
+
+
+def randomised(branches):
+    with torch.no_grad():
+        for p in branches.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.ndim < 2 else 0.0))
+    return branches
+
+
+@pytest.mark.parametrize("form,placement,heterogeneous", list(itertools.product(FORMS, PLACEMENTS, (False, True))))
+def test_branches_are_the_formulas_of_the_paper(form, placement, heterogeneous):
+    """Written a second time, one branch after the other and on activations, as the table in norms.py reads."""
+    n_in, n_out, group = 6, {"q": 8, "k": 4}, 4
+    b = randomised(Branches(n_in, n_out, placement, heterogeneous, form, group=group).double())
+    h = torch.randn(3, 5, n_in, dtype=torch.float64)
+    for y, c in zip(b(h), n_out):
+        v = b.v[c if heterogeneous else "shared"]()
+        expected = (h * v) @ b.weight[c].T
+        if placement in ("dual_norm", "norm"):
+            heads = expected.unflatten(-1, (-1, group))
+            expected = naive_rms_norm(heads, 1e-6).flatten(-2)
+        if placement in ("dual", "dual_norm"):
+            expected = expected * b.u[c]()
+        assert torch.allclose(y, expected, atol=1e-12)
+    assert len(b.v) == (2 if heterogeneous else 1)
+    assert len(b.u) == (2 if placement in ("dual", "dual_norm") else 0)
+
+
+def test_folding_rounds_no_worse_than_scaling_activations_in_bf16():
+    b = randomised(Branches(256, {"q": 256, "k": 128}, "dual", heterogeneous=True))
+    h = torch.randn(64, 256).to(torch.bfloat16)
+    exact = [y.detach() for y in Branches.forward(b.double(), h.double())]
+    b.float()
+    error = {}
+    for b.folded in (True, False):
+        error[b.folded] = sum((y.double() - e).norm() for y, e in zip(b(h), exact)).item()
+    assert error[True] < 1.1 * error[False]

@@ -1,0 +1,110 @@
+"""optim.py: groups, where weight decay lands, Muon, schedules."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from norms import FORMS, ScaleVector
+from optim import lr_at, make_optimizers, param_groups, set_lr
+
+WD, LR = 0.25, 0.1
+
+
+def tiny(**kw):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, block_size=4, **kw))
+
+
+def step_on_zero_gradients(model, scale_decay, optimizer="adamw"):
+    """One optimizer step in which nothing but weight decay moves. Returns name -> (before, after, role)."""
+    before = {n: (p.detach().clone(), role) for n, p, role, _ in model.named_roles()}
+    optimizers = make_optimizers(param_groups(model.named_roles(), WD, scale_decay), optimizer, (0.9, 0.95))
+    set_lr(optimizers, LR)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for o in optimizers:
+        o.step()
+    return {n: (before[n][0], p.detach(), before[n][1]) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("scale_decay", ["input", "all", "none", "output"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_lands_where_the_name_says(scale_decay, form, optimizer):
+    model = tiny(arch="gemma", placement="dual", heterogeneous=True, reparam=form)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.5)  # zero_centred's w and er's β start at 0, where decay would not show
+    seen = set()
+    for name, (before, after, role) in step_on_zero_gradients(model, scale_decay, optimizer).items():
+        if role in ("input", "output"):
+            # written out once more, by name: α of or and er has no decay that means anything
+            decays = scale_decay in (role, "all") and not (form in ("or", "er") and name.endswith("alpha"))
+            seen.add((role, decays))
+        else:
+            decays = True
+        factor = 1 - LR * WD if decays else 1.0
+        assert torch.allclose(after, before * factor, rtol=1e-6, atol=0), name
+    assert {role for role, _ in seen} == {"input", "output"}
+
+
+@pytest.mark.parametrize("form", ["or", "er"])
+def test_decaying_alpha_would_have_no_effect(form):
+    s = ScaleVector(5, "input", form)
+    with torch.no_grad():
+        s.alpha.copy_(torch.rand(5) + 0.5)
+        before = s().clone()
+        s.alpha.mul_(1 - LR * WD)
+    assert torch.allclose(s(), before, rtol=1e-6)
+
+
+def test_groups_name_roles_and_multiply_lr():
+    model = tiny(placement="dual_norm", reparam="or")
+    groups = {g["name"]: g for g in param_groups(model.named_roles(), WD, "input", scale_lr_mult=3.0)}
+    assert set(groups) == {"matrix", "embedding", "scale_input", "scale_input_no_decay", "scale_output_no_decay"}
+    assert sum(p.numel() for g in groups.values() for p in g["params"]) == sum(p.numel() for p in model.parameters())
+    optimizers = make_optimizers(list(groups.values()), "adamw", (0.9, 0.95))
+    set_lr(optimizers, LR)
+    assert {g["name"]: g["lr"] for g in optimizers[0].param_groups} == {
+        n: LR * (3.0 if n.startswith("scale") else 1.0) for n in groups}
+
+
+def test_a_parameter_in_two_groups_is_refused():
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(AssertionError, match="in two"):
+        param_groups([("a", p, "matrix", True), ("b", p, "embedding", True)], WD, "all")
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest():
+    model = tiny(heterogeneous=True)
+    adamw, muon = make_optimizers(param_groups(model.named_roles(), WD, "all"), "muon", (0.9, 0.95))
+    hidden = {id(p) for _, p, role, _ in model.named_roles() if role == "matrix"}
+    assert {id(p) for g in muon.param_groups for p in g["params"]} == hidden
+    assert not hidden & {id(p) for g in adamw.param_groups for p in g["params"]}
+    set_lr([adamw, muon], 1e-2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    x = torch.randint(0, 11, (8, 4))
+    model(x, x)[1].backward()
+    for o in (adamw, muon):
+        o.step()
+    # an orthogonalised update has singular values near 1, times lr · 0.2 · √max(shape)
+    name = "blocks.0.attn.qkv.weight.q"
+    w = before[name] * (1 - 1e-2 * WD)
+    update = torch.linalg.svdvals((dict(model.named_parameters())[name] - w) / (1e-2 * 0.2 * 8 ** 0.5))
+    assert 0.6 < update.median() and update.max() < 1.3
+
+
+def schedule(kind, steps=100, warmup=10, low=0.1, decay=0.3):
+    return [lr_at(i, 2.0, kind, warmup, steps, low, decay) for i in range(steps + 1)]
+
+
+def test_schedules():
+    for kind in ("cosine", "wsd", "constant"):
+        lrs = schedule(kind)
+        assert lrs[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]) and max(lrs) == lrs[10] == 2.0
+    cosine, wsd, constant = (schedule(kind) for kind in ("cosine", "wsd", "constant"))
+    assert cosine[55] == pytest.approx(1.1) and cosine[100] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(cosine[10:], cosine[11:]))
+    assert wsd[10:71] == [2.0] * 61 and wsd[85] == pytest.approx(1.1) and wsd[100] == pytest.approx(0.2)
+    assert constant[10:] == [2.0] * 91
+    assert lr_at(0, 1.0, "cosine", 0, 1, 0.1, 0.3) == 1.0  # no warm-up, one step: no division by zero

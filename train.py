@@ -1,0 +1,558 @@
+"""
+Train a GPT with any scale-vector strategy:
+
+    python train.py config/unified.py                                    a small model, on any machine, in minutes
+    python train.py config/size/llama_0.12b.py config/unified.py --seed=2
+    torchrun --standalone --nproc_per_node=8 train.py config/size/llama_1b.py config/unified.py
+
+Config files and --key=value flags apply from left to right. --resume=True goes on with a run that was stopped.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from configurator import Amount, ConfigError, Count, Fraction, Whole, from_command_line, refuse
+
+Placement = Literal["same", "input", "dual", "dual_norm", "norm"]
+
+
+@dataclass
+class Settings:
+    # the model
+    arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
+    n_layer: Count = 4  # blocks
+    n_head: Count = 4  # attention heads
+    n_embd: Count = 128  # width of the residual stream
+    ffn_dim: Whole = 0  # width of the FFN; 0 is int(8 n_embd / 3)
+    vocab_size: Count = 256  # rows of the embedding, at least the data's vocabulary
+    block_size: Count = 256  # tokens in a sequence
+    tie_embeddings: bool = False  # the LM head shares the token table
+    rope_theta: Amount = 10000.0  # RoPE's base
+    norm_eps: Amount = 1e-6  # inside every norm's square root
+    # scale vectors
+    scale_vectors: bool = True  # False fixes every γ to 1
+    heterogeneous: bool = False  # HG: q, k, v, gate and up have a γ each
+    placement: Literal["input", "dual", "dual_norm", "norm"] = "input"  # dual is DP, dual_norm DNP, norm our control
+    attn_placement: Placement = "same"  # placement in attention, where it differs
+    ffn_placement: Placement = "same"  # placement in the FFN, where it differs
+    qkv_norm: Literal["head", "full"] = "head"  # what norms of q, k, v take the mean over [R]
+    reparam: Literal["direct", "or", "er", "product", "zero_centred"] = "direct"  # how γ is parameterised; or, er [R]
+    scale_decay: Literal["input", "all", "none", "output"] = "all"  # roles of γ that weight decay acts on; input is IWD
+    final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head [R]
+    # the optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, AdamW for the rest
+    lr: Amount = 4e-3  # peak learning rate
+    scale_lr_mult: Amount = 1.0  # times lr, for scale vectors
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
+    min_lr_frac: Fraction = 0.1  # of lr, at the end
+    warmup_steps: Whole = 50  # steps of linear warm-up
+    decay_frac: Fraction = 1 / 3  # of all steps: wsd's decay
+    weight_decay: Amount = 0.1  # on matrices, embeddings, and scale_decay's γ
+    beta1: Fraction = 0.9  # AdamW's
+    beta2: Fraction = 0.95  # AdamW's
+    grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping
+    # data and steps
+    dataset: str = "pysrc"  # a folder under data/, or a path with a slash in it
+    batch_tokens: Count = 4096  # tokens in an optimizer step, over all processes
+    micro_batch: Count = 16  # sequences in a forward pass of one process, at most
+    max_steps: Count = 700  # optimizer steps
+    eval_interval: Count = 100  # steps between evaluations
+    eval_tokens: Count = 131072  # tokens of the validation split, always the same
+    log_interval: Count = 10  # steps between rows of the log
+    save_interval: Count = 100  # steps between checkpoints
+    # the run
+    seed: Whole = 1  # of the initial weights and the order of the data
+    out_dir: str = ""  # of the run; empty is out/ and the names of the config files
+    resume: bool = False  # go on from out_dir's checkpoint
+    device: str = "auto"  # cuda where there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto is bfloat16 on cuda, float32 elsewhere
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
+    sample_tokens: Whole = 256  # tokens of text shown at the end
+    dry_run: bool = False  # print the counts and the parameter groups, train nothing
+
+
+# What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
+# schedule's end, knowingly.
+FREE_ON_RESUME = {"micro_batch", "max_steps", "eval_interval", "log_interval", "save_interval", "out_dir", "resume",
+                  "device", "dtype", "compile", "sample_tokens", "dry_run"}
+
+if __name__ == "__main__":
+    # before torch is loaded, so that --help and a typo are answered at once
+    settings, config_files = from_command_line(Settings, __doc__)
+
+import contextlib
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.tokens import DataError, Tokens, data_folder, load_tokenizer
+from model import GPT, GPTConfig
+from norms import ScaleVector
+from optim import lr_at, make_optimizers, param_groups, set_lr
+
+# dense bf16 FLOP/s from the vendors' data sheets, by a part of torch's name for the device; the first match counts
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
+              "L40S": 362e12, "4090": 165e12}
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is not a number any more."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# setting up
+
+
+def gpt_config(s, dtype="float32"):
+    """The model's share of the settings. Raises ConfigError where they do not fit together."""
+    shared = {f.name for f in fields(GPTConfig)} - {"dtype"}
+    try:
+        return GPTConfig(**{name: getattr(s, name) for name in shared}, dtype=dtype)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
+def batch_plan(s, world):
+    """
+    (sequences of one process, sequences of one micro-batch, micro-batches) of an optimizer step.
+
+    All of batch_tokens is shared among `world` processes in equal parts. Raises ConfigError where it cannot be.
+    """
+    if s.batch_tokens % s.block_size:
+        raise ConfigError(f"batch_tokens {s.batch_tokens} is not divisible by block_size {s.block_size}")
+    sequences = s.batch_tokens // s.block_size
+    if sequences % world:
+        raise ConfigError(f"batch_tokens {s.batch_tokens} is {sequences} sequences of block_size {s.block_size}, "
+                          f"which {world} processes cannot share equally")
+    share = sequences // world
+    micro = min(s.micro_batch, share)
+    if share % micro:
+        raise ConfigError(f"batch_tokens {s.batch_tokens} is {share} sequences for each of {world} processes, "
+                          f"which micro_batch {micro} does not divide")
+    return share, micro, share // micro
+
+
+def pick_device(s):
+    """The device, and the dtype of activations on it. Raises ConfigError for a device that is not there."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:1 and so on, or mps, not {s.device!r}")
+    try:
+        device = torch.device(name if name != "cuda" else f"cuda:{local_rank}")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"device {s.device!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return device, dtype
+
+
+def default_out_dir(config_files):
+    return str(Path("out") / ("-".join(Path(f).stem for f in config_files) or "default"))
+
+
+def write_whole(path, text):
+    """Write a text file so that it is there entirely or not at all."""
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text, encoding="utf-8")
+    os.replace(tmp, path)
+
+
+def git_commit():
+    """The commit of this code, marked if it was changed since; 'unknown' outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(("git", *args), cwd=here, capture_output=True, text=True, check=True).stdout
+        return run("rev-parse", "HEAD").strip() + (" with changes" if run("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the run's folder
+
+
+def differing(there, here, free=frozenset()):
+    """'lr 0.001 (here 0.002)' for each setting of a run on disk that is another here."""
+    names = [name for name in here if name not in free | {"out_dir", "resume"} and there.get(name) != here[name]]
+    return ", ".join(f"{name} {there.get(name)!r} (here {here[name]!r})" for name in names)
+
+
+def claim_out_dir(s):
+    """Refuse to touch a folder that holds another run, or this one without being told to resume."""
+    out = Path(s.out_dir)
+    ckpt, config = out / "ckpt.pt", out / "config.json"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out_dir {out} is a file; name a folder")
+    if s.resume:
+        if not ckpt.exists():
+            raise ConfigError(f"nothing to resume: there is no {ckpt}. Start the run without --resume=True")
+        return
+    if config.exists():
+        try:
+            there = json.loads(config.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{config} is not a run's; name another --out_dir") from None
+        if changed := differing(there, asdict(s)):
+            raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir")
+        if ckpt.exists():
+            raise ConfigError(f"{out} holds this run already: go on with --resume=True, or name another --out_dir")
+    elif foreign := [f for f in (ckpt, out / "log.csv", out / "scales.csv") if f.exists()]:
+        raise ConfigError(f"{foreign[0]} is there without a config.json; name another --out_dir")
+
+
+class CSVLog:
+    """Rows of a run, written as they come. A resumed run drops those after its checkpoint's step."""
+
+    def __init__(self, path, columns, resume_step):
+        self.columns = columns
+        kept = []
+        if resume_step and path.exists():
+            with open(path, newline="", encoding="utf-8") as f:
+                # a kill can leave half a row at the end: int() of a cut step may lie, the missing columns do not
+                kept = [row for row in csv.DictReader(f)
+                        if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= resume_step]
+        tmp = Path(f"{path}.tmp")
+        with open(tmp, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(tmp, path)
+        self.file = open(path, "a", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, columns)
+
+    def write(self, *rows):
+        self.writer.writerows(rows)
+        self.file.flush()
+
+
+LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"]
+SCALE_COLUMNS = ["step", "name", "role", "mean", "std", "min", "max", "norm", "cosine"]
+
+
+@torch.no_grad()
+def scale_statistics(model, step):
+    """A row for every effective γ; cosine is the one to γ's initial value, all ones."""
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, ScaleVector):
+            g = module().cpu().double()
+            norm = torch.linalg.vector_norm(g)
+            cosine = g.sum() / (norm * math.sqrt(g.numel()))
+            values = torch.stack((g.mean(), g.std(correction=0), g.min(), g.max(), norm, cosine)).tolist()
+            rows.append(dict(zip(SCALE_COLUMNS, [step, name, module.role, *(f"{v:.9g}" for v in values)])))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def checksum(state):
+    """CRC-32 over every tensor in nested dicts and lists, in order; a flipped bit on disk changes it."""
+    crc = 0
+    if isinstance(state, torch.Tensor):
+        flat = state.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return zlib.crc32(flat.numpy())
+    children = state.items() if isinstance(state, dict) else enumerate(state)
+    for key, value in children:
+        if isinstance(value, (dict, list, tuple, torch.Tensor)):
+            crc = zlib.crc32(f"{key}:{checksum(value)}".encode(), crc)
+    return crc
+
+
+def save_checkpoint(path, model, optimizers, step, s, fingerprint):
+    """Write to a temporary file, sync, rename: at every moment there is a whole checkpoint or none yet."""
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    ckpt = {**state, "step": step, "settings": asdict(s), "data": fingerprint, "rng": torch.get_rng_state(),
+            "versions": versions(), "checksum": checksum(state)}
+    tmp = Path(f"{path}.tmp")
+    with open(tmp, "wb") as f:
+        torch.save(ckpt, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict that save_checkpoint wrote. Raises ConfigError where the file is cut, foreign or damaged."""
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+        state = {"model": ckpt["model"], "optimizers": ckpt["optimizers"]}
+        intact = ckpt["checksum"] == checksum(state)
+        ckpt["step"], ckpt["settings"], ckpt["data"], ckpt["rng"]
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such checkpoint") from None
+    except Exception as e:  # zipfile, pickle and torch each have their own for a file that is not what it should be
+        raise ConfigError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is cut off or not ours. "
+                          f"Start again in another --out_dir") from None
+    if not intact:
+        raise ConfigError(f"{path} is damaged: its checksum does not fit. Start again in another --out_dir")
+    return ckpt
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# one step
+
+
+def to_device(arrays, device):
+    """(x, y) of a batch as tensors; pinned, so that the copy to a GPU runs while the CPU goes on."""
+    tensors = (torch.from_numpy(a) for a in arrays)
+    if device.type == "cuda":
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return tuple(t.to(device) for t in tensors)
+
+
+@torch.no_grad()
+def evaluate(model, data, s, device, rank, world):
+    """Mean loss over the first eval_tokens of the validation split: the same tokens at every step, on any world."""
+    n = min(data.n_windows, max(1, s.eval_tokens // s.block_size))
+    total = 0.0
+    for first in range(rank * s.micro_batch, n, world * s.micro_batch):
+        count = min(s.micro_batch, n - first)
+        x, y = to_device(data.window(first, count), device)
+        total += model(x, y)[1].item() * count
+    if world > 1:
+        total = torch.tensor(total, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        total = total.item()
+    return total / n
+
+
+def main(s, config_files=()):
+    if not s.out_dir:
+        s.out_dir = default_out_dir(config_files)
+    if s.dry_run:
+        return dry_run(s)
+    device, dtype = pick_device(s)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    share, micro, n_micro = batch_plan(s, world)
+    config = gpt_config(s, dtype)
+    claim_out_dir(s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    master = rank == 0  # prints and writes; the others only compute
+
+    # data: the embedded corpus prepares itself, by one process while the others wait
+    folder = data_folder(s.dataset)
+    if s.dataset == "pysrc" and not (folder / "meta.json").exists() and master:
+        from data.pysrc.prepare import prepare
+        prepare()
+    if world > 1:
+        dist.barrier()
+    train_data = Tokens(folder, "train", s.block_size, s.vocab_size, s.seed)
+    val_data = Tokens(folder, "val", s.block_size, s.vocab_size)
+    fingerprint = {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
+
+    # model and optimizer; drawn on the CPU, so that every device starts from the same weights
+    torch.manual_seed(s.seed)
+    raw_model = GPT(config).to(device)
+    groups = param_groups(raw_model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult)
+    optimizers = make_optimizers(groups, s.optimizer, (s.beta1, s.beta2))
+
+    out = Path(s.out_dir)
+    step = 0
+    if s.resume:
+        ckpt = load_checkpoint(out / "ckpt.pt", device)
+        if changed := differing(ckpt["settings"], asdict(s), FREE_ON_RESUME):
+            raise ConfigError(f"{out}/ckpt.pt has other settings: {changed}. Resume with the same ones")
+        if ckpt["data"] != fingerprint:
+            raise ConfigError(f"{folder} is not the data that {out}/ckpt.pt was trained on: its content differs")
+        step = ckpt["step"]
+        if step >= s.max_steps:
+            if master:
+                print(f"{out} is finished: step {step} of {s.max_steps}. A larger --max_steps continues it.")
+            return
+        raw_model.load_state_dict(ckpt["model"])
+        for optimizer, state in zip(optimizers, ckpt["optimizers"]):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(ckpt["rng"].cpu())
+        del ckpt
+    first_step = step
+
+    model = torch.compile(raw_model) if (s.compile if s.compile != "auto" else device.type == "cuda") else raw_model
+    ddp_model = model
+    if world > 1:
+        ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    counts = raw_model.counts()
+    if master:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", json.dumps({
+            "settings": asdict(s), "versions": versions(), "git_commit": git_commit(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": world, **counts}, indent=1))
+        log = CSVLog(out / "log.csv", LOG_COLUMNS, first_step)
+        scales = CSVLog(out / "scales.csv", SCALE_COLUMNS, first_step)
+        print(f"{counts['params']:,} parameters, {counts['scale_params']:,} of them in scale vectors; "
+              f"{train_data.n_tokens:,} tokens in {folder.name}; {s.max_steps} steps of {s.batch_tokens} tokens "
+              f"on {device.type} in {dtype}, to {out}")
+    bar = tqdm(total=s.max_steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
+               dynamic_ncols=True)
+
+    # SIGTERM and Ctrl-C let the step finish, save, and stop; a second one stops at once
+    stop_signal, stopping = 0, False
+
+    def on_signal(signum, frame):
+        nonlocal stop_signal
+        if stop_signal:
+            raise KeyboardInterrupt
+        stop_signal = signum
+
+    old_handlers = {sig: signal.signal(sig, on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
+
+    val_loss = None
+    timed_steps, timed_seconds = 0, 0.0  # for tokens_per_second: steps alone, without the first, which compiles
+    since_log, seconds_since_log = 0, 0.0
+    row = {}
+    try:
+        while True:
+            # Everything about step n happens before step n + 1 and in this order: evaluate, log, save. A resumed
+            # run begins right behind that point, so nothing is done twice.
+            last = step == s.max_steps
+            if step > first_step or step == 0:
+                if step % s.eval_interval == 0 or last:
+                    val_loss = evaluate(model, val_data, s, device, rank, world)
+                    row["val_loss"] = f"{val_loss:.6f}"
+                    if master:
+                        scales.write(*scale_statistics(raw_model, step))
+                if master and (step % s.log_interval == 0 or "val_loss" in row or stopping):
+                    rate = since_log * s.batch_tokens / seconds_since_log if since_log else 0
+                    row.update(step=step, tokens=step * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
+                    since_log, seconds_since_log = 0, 0.0
+                    log.write({name: row.get(name, "") for name in LOG_COLUMNS})
+                    shown = {k: float(row[k]) for k in ("train_loss", "val_loss") if k in row}
+                    bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+                    if bar.disable or "val_loss" in row:
+                        bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
+                                  + (f"{rate:,.0f} tokens/s" if rate else ""))
+                if step > 0 and master and (step % s.save_interval == 0 or last or stopping):
+                    save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, fingerprint)
+            if last or stopping:
+                break
+
+            started = time.perf_counter()
+            lr = lr_at(step, s.lr, s.schedule, s.warmup_steps, s.max_steps, s.min_lr_frac, s.decay_frac)
+            set_lr(optimizers, lr)
+            loss_sum = torch.zeros((), device=device)
+            for i in range(n_micro):
+                first = step * (share * world) + rank * share + i * micro
+                x, y = to_device(train_data.batch(first, micro), device)
+                # gradients are averaged over processes once, behind the last micro-batch
+                with ddp_model.no_sync() if world > 1 and i < n_micro - 1 else contextlib.nullcontext():
+                    loss = ddp_model(x, y)[1] / n_micro
+                    loss.backward()
+                loss_sum += loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+            # The one place where the CPU waits for the device. It costs the launch of the next step's first kernels
+            # and buys that no optimizer step ever runs on a NaN.
+            status = torch.stack((loss_sum / world, norm / world, norm.new_tensor(float(stop_signal))))
+            if world > 1:
+                dist.all_reduce(status)
+            train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
+            if not (math.isfinite(train_loss) and math.isfinite(norm)):
+                raise Diverged(f"step {step}: loss {train_loss}, gradient norm {norm}. Try a lower --lr, a longer "
+                               f"--warmup_steps or another --seed; {out} keeps what was saved before")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+            seconds = time.perf_counter() - started
+            since_log, seconds_since_log = since_log + 1, seconds_since_log + seconds
+            if step > first_step + 1:
+                timed_steps, timed_seconds = timed_steps + 1, timed_seconds + seconds
+            row = {"train_loss": f"{train_loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}
+    finally:
+        bar.close()
+        for sig, handler in old_handlers.items():
+            signal.signal(sig, handler)
+        if world > 1:
+            dist.destroy_process_group()
+
+    if stopping and step < s.max_steps:
+        if master:
+            print(f"stopped by a signal at step {step}; {out}/ckpt.pt holds it, --resume=True goes on")
+        sys.exit(128 + (stop_signal or signal.SIGTERM))
+    if master:
+        if s.sample_tokens:
+            show_sample(raw_model, train_data.meta, s, device)
+        summary = {"val_loss": f"{val_loss:.4f}"}
+        if bytes_per_token := val_data.meta.get("bytes_per_token"):
+            summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"
+        rate = timed_steps * s.batch_tokens / timed_seconds if timed_steps else 0.0
+        summary.update(steps=step, tokens=step * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        if peak := next((flops for part, flops in PEAK_FLOPS.items() if part in name), None):
+            summary["mfu"] = f"{raw_model.flops_per_token() * rate / (peak * world):.4f}"
+        summary.update(peak_memory_mb=f"{peak_memory_mb(device):.0f}", **counts, out_dir=out)
+        print("\n".join(f"{key}: {value}" for key, value in summary.items()))
+
+
+def peak_memory_mb(device):
+    """The GPU memory that tensors took at most; on a CPU, the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def show_sample(model, meta, s, device):
+    """Print what the model writes behind a document's start."""
+    try:
+        tokenizer = load_tokenizer(meta["tokenizer"])
+    except (DataError, KeyError):  # text is a courtesy: a machine without the BPE files trains all the same
+        return
+    start = torch.full((1, 1), tokenizer.separator, device=device)
+    generator = torch.Generator(device).manual_seed(s.seed)
+    tokens = model.generate(start, s.sample_tokens, temperature=0.8, top_k=50, generator=generator)
+    text = b"".join(tokenizer.token_bytes(t.item()) for t in tokens).decode("utf-8", errors="replace")
+    print("\na sample:\n" + text + "\n")
+
+
+def dry_run(s):
+    """Build the model on the meta device, where tensors have shapes but no memory, and print what it would be."""
+    batch_plan(s, int(os.environ.get("WORLD_SIZE", 1)))
+    with torch.device("meta"):
+        model = GPT(gpt_config(s))
+    for key, value in {**model.counts(), "flops_per_token": model.flops_per_token()}.items():
+        print(f"{key}: {value}")
+    for g in param_groups(model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult):
+        print(f"group {g['name']}: {len(g['params'])} tensors, {sum(p.numel() for p in g['params'])} parameters, "
+              f"weight_decay {g['weight_decay']}, lr {s.lr * g['lr_mult']}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # whoever reads through a pipe sees each line as it comes
+    try:
+        main(settings, config_files)
+    except (ConfigError, DataError) as e:
+        refuse(e)
+    except Diverged as e:
+        sys.exit(f"train.py: {e}")
