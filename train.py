@@ -278,11 +278,11 @@ def checksum(state):
     return crc
 
 
-def save_checkpoint(path, model, optimizers, step, s, fingerprint):
+def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint):
     """Write to a temporary file, sync, rename: at every moment there is a whole checkpoint or none yet."""
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    ckpt = {**state, "step": step, "settings": asdict(s), "data": fingerprint, "rng": torch.get_rng_state(),
-            "versions": versions(), "checksum": checksum(state)}
+    ckpt = {**state, "step": step, "settings": asdict(s), "tokenizer": tokenizer, "data": fingerprint,
+            "rng": torch.get_rng_state(), "versions": versions(), "checksum": checksum(state)}
     tmp = Path(f"{path}.tmp")
     with open(tmp, "wb") as f:
         torch.save(ckpt, f)
@@ -300,7 +300,7 @@ def load_checkpoint(path, device="cpu"):
         ckpt = torch.load(path, map_location=device, weights_only=True)
         state = {"model": ckpt["model"], "optimizers": ckpt["optimizers"]}
         intact = ckpt["checksum"] == checksum(state)
-        ckpt["step"], ckpt["settings"], ckpt["data"], ckpt["rng"]
+        ckpt["step"], ckpt["settings"], ckpt["tokenizer"], ckpt["data"], ckpt["rng"]
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such checkpoint") from None
     except Exception as e:  # zipfile, pickle and torch each have their own for a file that is not what it should be
@@ -364,6 +364,7 @@ def main(s, config_files=()):
         dist.barrier()
     train_data = Tokens(folder, "train", s.block_size, s.vocab_size, s.seed)
     val_data = Tokens(folder, "val", s.block_size, s.vocab_size)
+    tokenizer = train_data.meta.get("tokenizer", "gpt2")  # shards without a meta.json are other people's: GPT-2's
     fingerprint = {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
 
     # model and optimizer; drawn on the CPU, so that every device starts from the same weights
@@ -449,7 +450,7 @@ def main(s, config_files=()):
                         bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
                                   + (f"{rate:,.0f} tokens/s" if rate else ""))
                 if step > 0 and master and (step % s.save_interval == 0 or last or stopping):
-                    save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, fingerprint)
+                    save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, tokenizer, fingerprint)
             if last or stopping:
                 break
 
@@ -498,7 +499,7 @@ def main(s, config_files=()):
         sys.exit(128 + (stop_signal or signal.SIGTERM))
     if master:
         if s.sample_tokens:
-            show_sample(raw_model, train_data.meta, s, device)
+            show_sample(raw_model, tokenizer, s, device)
         summary = {"val_loss": f"{val_loss:.4f}"}
         if bytes_per_token := val_data.meta.get("bytes_per_token"):
             summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"
@@ -523,11 +524,11 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def show_sample(model, meta, s, device):
+def show_sample(model, tokenizer, s, device):
     """Print what the model writes behind a document's start."""
     try:
-        tokenizer = load_tokenizer(meta["tokenizer"])
-    except (DataError, KeyError):  # text is a courtesy: a machine without the BPE files trains all the same
+        tokenizer = load_tokenizer(tokenizer)
+    except DataError:  # text is a courtesy: a machine without the BPE files trains all the same
         return
     start = torch.full((1, 1), tokenizer.separator, device=device)
     generator = torch.Generator(device).manual_seed(s.seed)
