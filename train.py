@@ -182,7 +182,7 @@ def git_commit():
 
 
 def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
 
 
 # ---------------------------------------------------------------------------------------------------------------
