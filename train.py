@@ -549,11 +549,16 @@ def dry_run(s):
               f"weight_decay {g['weight_decay']}, lr {s.lr * g['lr_mult']}")
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # whoever reads through a pipe sees each line as it comes
+def run(s, config_files=()):
+    """main, with exit codes for the shell: 2 for what the user can put right, 1 for a run that diverged."""
     try:
-        main(settings, config_files)
+        main(s, config_files)
     except (ConfigError, DataError) as e:
         refuse(e)
     except Diverged as e:
         sys.exit(f"train.py: {e}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # whoever reads through a pipe sees each line as it comes
+    run(settings, config_files)

@@ -2,6 +2,40 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of data with some structure to learn: the project's own source as bytes."""
+    from data.tokens import BinWriter, load_tokenizer, write_meta
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py")))
+    tokens = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+    for split, part in (("train", tokens[: len(tokens) * 9 // 10]), ("val", tokens[len(tokens) * 9 // 10:])):
+        with BinWriter(folder / f"{split}.bin") as out:
+            out.write(part)
+    write_meta(folder, load_tokenizer("bytes"))
+    return folder
+
+
+@pytest.fixture
+def settings(corpus, tmp_path):
+    """A function that makes the settings of a run of a second or so; keywords change them."""
+    from train import Settings
+
+    def make(**kw):
+        small = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_tokens=64, micro_batch=4, max_steps=8,
+                     warmup_steps=2, eval_interval=4, eval_tokens=512, log_interval=1, save_interval=4,
+                     sample_tokens=0, device="cpu", dataset=str(corpus), out_dir=str(tmp_path / "run"))
+        return Settings(**{**small, **kw})
+    return make
+
+
+def snapshot(folder):
+    """What every file of a folder holds, to see that nothing changed."""
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}

@@ -1,0 +1,388 @@
+"""train.py: the same run twice, stopped, resumed, refused; what it prints and leaves."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configurator import ConfigError, configure
+from conftest import ROOT, snapshot
+from data.tokens import BinWriter, DataError
+from norms import ScaleVector
+from train import Diverged, Settings, batch_plan, load_checkpoint, main
+
+UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
+
+
+def log(s, column="train_loss"):
+    with open(Path(s.out_dir) / "log.csv", newline="") as f:
+        return {int(row["step"]): row[column] for row in csv.DictReader(f) if row[column]}
+
+
+def weights(s):
+    return load_checkpoint(Path(s.out_dir) / "ckpt.pt")["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_at(monkeypatch, step, sig=signal.SIGTERM):
+    """Let a signal arrive while step + 1 is being computed."""
+    real = train.lr_at
+    monkeypatch.setattr(train, "lr_at", lambda i, *a: (os.kill(os.getpid(), sig) if i == step else None, real(i, *a))[1])
+
+
+# what a run leaves and prints
+
+def test_a_run_learns_and_leaves_what_the_readme_says(settings, capsys):
+    s = settings(max_steps=60, lr=1e-2, **UNIFIED)
+    main(s)
+    losses = log(s)
+    assert list(losses) == list(range(1, 61)) and list(log(s, "val_loss")) == list(range(0, 61, 4))
+    assert float(losses[1]) > 5.4 and float(losses[60]) < 3.6  # ln 256 = 5.55
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if re.match(r"\w+: ", line))
+    assert set(printed) >= {"val_loss", "val_bpb", "steps", "tokens", "tokens_per_second", "peak_memory_mb", "params",
+                            "active_params", "scale_params", "out_dir"}
+    assert printed["steps"] == "60" and printed["tokens"] == str(60 * 64)
+    assert float(printed["val_bpb"]) == pytest.approx(float(printed["val_loss"]) / math.log(2), rel=0.01)
+    config = json.loads((Path(s.out_dir) / "config.json").read_text())
+    assert config["settings"]["heterogeneous"] is True and config["versions"]["torch"] == torch.__version__
+    assert not list(Path(s.out_dir).glob("*.tmp"))
+
+
+@pytest.mark.parametrize("reparam", ["direct", "or"])
+def test_scales_csv_holds_every_effective_gamma(settings, reparam):
+    s = settings(lr=0.03, arch="gemma", reparam=reparam)
+    main(s)
+    with open(Path(s.out_dir) / "scales.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    model = train.GPT(train.gpt_config(s))
+    names = {n for n, m in model.named_modules() if isinstance(m, ScaleVector)}
+    assert {r["step"] for r in rows} == {"0", "4", "8"} and {r["name"] for r in rows} == names
+    assert all(float(r["mean"]) == pytest.approx(1, abs=1e-6) and float(r["cosine"]) == pytest.approx(1, abs=1e-6)
+               for r in rows if r["step"] == "0")
+    model.load_state_dict(weights(s))
+    for row in rows:
+        if row["step"] == "8":
+            g = model.get_submodule(row["name"])().detach().double()
+            assert float(row["std"]) == pytest.approx(g.std(correction=0).item(), rel=1e-6) and float(row["std"]) > 0
+            assert float(row["norm"]) == pytest.approx(g.norm().item(), rel=1e-6)
+            cosine = torch.nn.functional.cosine_similarity(g, torch.ones_like(g), dim=0).item()
+            assert float(row["cosine"]) == pytest.approx(cosine, abs=1e-8) and cosine < 1 - 1e-6
+
+
+# the same numbers, however a run goes
+
+@pytest.mark.parametrize("kw", [dict(), UNIFIED, dict(optimizer="muon", schedule="wsd", arch="gemma")], ids=str)
+def test_twice_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(settings, tmp_path, monkeypatch, kw):
+    reference = settings(**kw)
+    main(reference)
+    again = settings(out_dir=str(tmp_path / "again"), eval_interval=1, save_interval=3, **kw)
+    main(again)
+    assert log(again) == log(reference) and equal(weights(again), weights(reference))
+
+    resumed = settings(out_dir=str(tmp_path / "resumed"), **kw)
+    for step in (0, 1, 4, 6):
+        with monkeypatch.context() as m:
+            stop_at(m, step)
+            with pytest.raises(SystemExit) as stop:
+                main(resumed)
+        assert stop.value.code == 128 + signal.SIGTERM
+        assert load_checkpoint(Path(resumed.out_dir) / "ckpt.pt")["step"] == step + 1
+        resumed.resume = True
+    main(resumed)
+    assert log(resumed) == log(reference) and log(resumed, "val_loss") == log(reference, "val_loss")
+    assert equal(weights(resumed), weights(reference))
+    scales = [(Path(s.out_dir) / "scales.csv").read_text() for s in (resumed, reference)]
+    assert scales[0] == scales[1]
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(settings, tmp_path):
+    whole = settings(max_steps=20)
+    parts = settings(max_steps=20, micro_batch=1, out_dir=str(tmp_path / "parts"))
+    main(whole)
+    main(parts)
+    a, b = ([float(v) for v in log(s).values()] for s in (whole, parts))
+    assert max(abs(x - y) for x, y in zip(a, b)) < 1e-5
+
+
+def test_ctrl_c_saves_and_a_second_one_stops_at_once(settings, monkeypatch, capsys):
+    s = settings(max_steps=50)
+    stop_at(monkeypatch, 2, signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        main(s)
+    assert stop.value.code == 130 and "at step 3" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a caller gets its own handlers back
+
+    s.resume = True
+    real = train.lr_at
+    twice = lambda i, *a: ([os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] if i == 5 else None, real(i, *a))[1]
+    monkeypatch.setattr(train, "lr_at", twice)
+    with pytest.raises(KeyboardInterrupt):
+        main(s)
+    assert load_checkpoint(Path(s.out_dir) / "ckpt.pt")["step"] == 4  # what save_interval had left
+
+
+def test_a_finished_run_resumed_does_nothing_and_more_steps_continue_it(settings, capsys):
+    s = settings()
+    main(s)
+    before = snapshot(s.out_dir)
+    s.resume = True
+    main(s)
+    assert "is finished: step 8 of 8" in capsys.readouterr().out and snapshot(s.out_dir) == before
+    s.max_steps = 12
+    main(s)
+    assert list(log(s)) == list(range(1, 13))
+
+
+def test_evaluation_uses_the_same_tokens_whatever_the_micro_batch(settings, corpus):
+    s = settings()
+    data = train.Tokens(corpus, "val", s.block_size, s.vocab_size)
+    torch.manual_seed(0)
+    model = train.GPT(train.gpt_config(s))
+    losses = []
+    for s.micro_batch in (1, 4, 5, 64):
+        losses.append(train.evaluate(model, data, s, torch.device("cpu"), 0, 1))
+    assert max(losses) - min(losses) < 1e-6
+
+
+# faults
+
+def test_divergence_stops_with_the_step_and_keeps_the_checkpoint(settings, monkeypatch):
+    s = settings(max_steps=20)
+    real = train.lr_at
+    monkeypatch.setattr(train, "lr_at", lambda i, *a: math.nan if i == 5 else real(i, *a))
+    with pytest.raises(Diverged, match="step 6: loss nan.*lower --lr"):
+        main(s)
+    ckpt = load_checkpoint(Path(s.out_dir) / "ckpt.pt")
+    assert ckpt["step"] == 4 and all(t.isfinite().all() for t in ckpt["model"].values())
+
+
+def test_a_nan_in_one_gradient_never_reaches_the_weights(settings, monkeypatch):
+    s = settings(max_steps=20, save_interval=1)
+    real = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def poisoned(parameters, *args):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) == 4:
+            parameters[3].grad.view(-1)[0] = math.nan
+        return real(parameters, *args)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    with pytest.raises(Diverged, match="step 3: .* gradient norm nan"):
+        main(s)
+    assert load_checkpoint(Path(s.out_dir) / "ckpt.pt")["step"] == 3
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def damage_middle(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda p: cut(p, p.stat().st_size // 2), "cut off or not ours"),
+    (lambda p: cut(p, 0), "cut off or not ours"),
+    (lambda p: p.write_bytes(b"hello"), "cut off or not ours"),
+    (lambda p: torch.save({"model": {}}, p), "cut off or not ours"),
+    (damage_middle, "damaged|cut off"),
+    (lambda p: p.unlink(), "nothing to resume"),
+])
+def test_a_broken_checkpoint_is_refused_and_kept(settings, damage, message):
+    s = settings()
+    main(s)
+    damage(Path(s.out_dir) / "ckpt.pt")
+    before = snapshot(s.out_dir)
+    s.resume, s.max_steps = True, 20
+    with pytest.raises(ConfigError, match=message) as e:
+        main(s)
+    assert "\n" not in str(e.value) and snapshot(s.out_dir) == before
+
+
+def test_a_flipped_weight_is_seen(settings):
+    s = settings()
+    main(s)
+    path = Path(s.out_dir) / "ckpt.pt"
+    ckpt = torch.load(path, weights_only=True)
+    ckpt["model"]["wte"][0, 0] += 1e-3
+    torch.save(ckpt, path)
+    with pytest.raises(ConfigError, match="checksum"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(lr=0.5), r"holds a run with other settings: lr 0.004 \(here 0.5\)"),
+    (dict(), "holds this run already: go on with --resume=True"),
+    (dict(resume=True, lr=0.5, max_steps=20), r"has other settings: lr 0.004 \(here 0.5\)"),
+])
+def test_a_folder_with_a_run_is_not_touched(settings, change, message):
+    main(settings())
+    before = snapshot(settings().out_dir)
+    with pytest.raises(ConfigError, match=message):
+        main(settings(**change))
+    assert snapshot(settings().out_dir) == before
+
+
+def test_foreign_folders_are_not_touched(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.csv").write_text("mine")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text("{}")
+    before = snapshot(tmp_path)
+    for name, message in (("file", "is a file"), ("a", "without a config.json"), ("b", "is not a run's")):
+        with pytest.raises(ConfigError, match=message):
+            main(settings(out_dir=str(tmp_path / name)))
+    assert snapshot(tmp_path) == before
+
+
+def test_other_data_is_refused_on_resume(settings, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def write(seed):
+        for split in ("train", "val"):
+            with BinWriter(folder / f"{split}.bin") as out:
+                out.write(np.random.default_rng(seed).integers(0, 200, 1000).astype(np.uint16))
+    write(0)
+    s = settings(dataset=str(folder))
+    main(s)
+    s.resume, s.max_steps = True, 12
+    write(1)
+    with pytest.raises(ConfigError, match="its content differs"):
+        main(s)
+    write(0)
+    main(s)
+
+
+@pytest.mark.parametrize("kw,message", [
+    (dict(n_embd=15), "n_embd 15 is not divisible by n_head 2"),
+    (dict(batch_tokens=65), "batch_tokens 65 is not divisible by block_size 16"),
+    (dict(batch_tokens=96), "micro_batch 4 does not divide"),
+    (dict(block_size=10**6, batch_tokens=10**6), "block_size"),
+    (dict(vocab_size=255), "--vocab_size=256"),
+    (dict(dataset="nowhere"), "nowhere.*make them with"),
+    (dict(dataset="./no/such/folder"), "no train tokens"),
+    (dict(device="gpu"), "device must be auto"),
+    (dict(device="cuda:77"), "cannot be used here"),
+])
+def test_impossible_settings_are_refused_before_anything_is_written(settings, kw, message, capsys):
+    s = settings(**kw)
+    with pytest.raises(SystemExit) as stop:
+        train.run(s)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(message, error) and error.count("\n") == 1
+    assert not Path(s.out_dir).exists()
+
+
+def write_bin(path, tokens, magic=20240520, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.mark.parametrize("kw,message", [
+    (dict(count=2000), "truncated"), (dict(magic=1), "magic"), (dict(tokens=[999] * 1000), "outside the vocabulary")])
+def test_bad_data_files_are_refused_by_name(settings, tmp_path, kw, message):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_bin(folder / "val.bin", [1] * 1000)
+    write_bin(folder / "train.bin", **{"tokens": [1] * 1000, **kw})
+    with pytest.raises(DataError, match=f"train.bin.*{message}"):
+        main(settings(dataset=str(folder)))
+
+
+def test_half_a_row_at_the_end_of_a_log_is_dropped(settings):
+    s = settings()
+    main(s)
+    expected = log(s)
+    path = Path(s.out_dir) / "log.csv"
+    cut(path, path.stat().st_size - 20)
+    s.resume, s.max_steps = True, 10
+    main(s)
+    got = log(s)
+    assert {step: got[step] for step in range(1, 8)} == {step: expected[step] for step in range(1, 8)}
+    assert list(got)[-2:] == [9, 10]
+
+
+# the command line
+
+def test_batch_plan(settings):
+    plan = lambda world, **kw: batch_plan(settings(**kw), world)
+    assert plan(1) == (4, 4, 1) and plan(2) == (2, 2, 1) and plan(1, micro_batch=2) == (4, 2, 2)
+    with pytest.raises(ConfigError, match="which 3 processes cannot share equally"):
+        plan(3)
+
+
+CONFIGS = sorted((ROOT / "config").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_file_dry_runs(path, capsys):
+    s, files = configure(Settings, [str(path), "--dry_run=True"])
+    main(s, files)
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert int(printed["scale_params"]) == 0 if path.stem == "no_scale" else int(printed["scale_params"]) > 0
+    if path.parent.name == "size" and path.stem != "quickstart":
+        assert s.max_steps == 100 * int(printed["params"]) // s.batch_tokens
+        size = re.search(r"_([\d.]+)b", path.stem).group(1)
+        assert int(printed["params"]) / 1e9 == pytest.approx(float(size), rel=0.05)
+
+
+def test_quickstart_and_baseline_are_the_defaults():
+    for name in ("config/size/quickstart.py", "config/baseline.py"):
+        assert configure(Settings, [str(ROOT / name)])[0] == Settings()
+
+
+def test_no_two_config_files_are_the_same_but_baseline_and_wd_all():
+    seen = {}
+    for path in CONFIGS:
+        seen.setdefault(str(configure(Settings, [str(path)])[0]), []).append(path.stem)
+    assert sorted(map(sorted, (names for names in seen.values() if len(names) > 1))) == [
+        ["baseline", "quickstart", "wd_all"]]
+
+
+def test_dry_run_of_the_papers_1b_prints_its_numbers(capsys):
+    main(configure(Settings, [str(ROOT / "config/size/llama_1b.py"), "--dry_run=True"])[0])
+    out = capsys.readouterr().out
+    assert "\nscale_params: 80640\n" in out and out.startswith("params: 1028065024\n")
+
+
+def test_model_defaults_are_the_settings():
+    from dataclasses import fields
+    from model import GPTConfig
+    s = Settings()
+    for f in fields(GPTConfig):
+        if f.name != "dtype":
+            assert f.default == getattr(s, f.name), f.name
+
+
+def test_the_whole_command_in_a_pipe(settings, corpus, tmp_path):
+    out = tmp_path / "cli"
+    args = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config/unified.py"), "--n_layer=1", "--n_embd=16",
+            "--block_size=16", "--batch_tokens=64", "--max_steps=3", "--eval_tokens=64", f"--dataset={corpus}",
+            "--sample_tokens=20", "--device=cpu", f"--out_dir={out}"]
+    run = subprocess.run(args, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == ""
+    assert "val_loss: " in run.stdout and "a sample:" in run.stdout and "\r" not in run.stdout
+    sample = [sys.executable, str(ROOT / "sample.py"), str(out), "--prompt=def ", "--max_new_tokens=5", "--device=cpu"]
+    texts = [subprocess.run(sample, capture_output=True, text=True, errors="replace") for _ in range(2)]
+    assert texts[0].stdout == texts[1].stdout and texts[0].stdout.startswith("def ") and texts[0].returncode == 0
+    again = subprocess.run(args, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--resume=True" in again.stderr
