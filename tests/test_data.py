@@ -1,0 +1,341 @@
+"""The .bin format, the tokenizers and the batches: data/tokens.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.tokens import (HERE, BinWriter, DataError, Tokens, data_folder, load_tokenizer, read_header,
+                         rebuild_command, write_meta)
+
+B = 8  # block size
+
+
+def write(path, tokens):
+    with BinWriter(path) as out:
+        out.write(tokens)
+    return path
+
+
+def one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """
+    Shards in which every token is its own number, so that a token tells where it came from. The last but one has room
+    for one window in one place, the last for none.
+    """
+    tokens = np.arange(1200, dtype=np.uint16)
+    for i, (start, end) in enumerate([(0, 1000), (1000, 1137), (1137, 1146), (1146, 1154)]):
+        write(tmp_path / f"train_{i}.bin", tokens[start:end])
+    write(tmp_path / "val.bin", tokens[:100])
+    return tmp_path
+
+
+@pytest.fixture
+def train(folder):
+    return Tokens(folder, "train", B, 1200, seed=1)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+def test_layout_is_that_of_llm_c(tmp_path):
+    path = write(tmp_path / "train.bin", [1, 2, 65535])
+    header = np.fromfile(path, "<i4", 256)
+    assert header[:3].tolist() == [20240520, 1, 3] and not header[3:].any()
+    assert path.read_bytes()[1024:] == b"\1\0\2\0\xff\xff"
+    assert read_header(path) == 3
+
+
+def test_writer_appends_and_cuts(tmp_path):
+    with BinWriter(tmp_path / "a.bin") as out:
+        out.write([1, 2, 3])
+        out.write([])
+        out.write(np.array([4, 5], np.uint16))
+        assert out.cut(2).tolist() == [4, 5]
+        out.write([6])
+    assert np.fromfile(tmp_path / "a.bin", "<u2", offset=1024).tolist() == [1, 2, 3, 6]
+    assert read_header(tmp_path / "a.bin") == 4
+
+
+@pytest.mark.parametrize("tokens", [[-1], [65536], [1.5], [True]])
+def test_writer_refuses_what_is_no_uint16_and_leaves_the_old_file(tmp_path, tokens):
+    path = write(tmp_path / "train.bin", [7])
+    before = path.read_bytes()
+    with pytest.raises(DataError) as error:
+        with BinWriter(path) as out:
+            out.write([1])
+            out.write(tokens)
+    one_line(error, str(path), "uint16")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["train.bin"]
+
+
+def test_writer_refuses_more_than_the_header_can_count(tmp_path):
+    with pytest.raises(DataError) as error:
+        with BinWriter(tmp_path / "train.bin") as out:
+            out.count = 2 ** 31 - 2
+            out.write([1])
+            out.write([1])
+    one_line(error, "2**31")
+
+
+def test_killed_writer_leaves_nothing_that_counts_as_data(tmp_path):
+    path = write(tmp_path / "train.bin", np.arange(50))
+    code = f'''
+import os, signal
+from data.tokens import BinWriter
+with BinWriter({str(path)!r}) as out:
+    out.write(range(1000))
+    out.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+'''
+    killed = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2  # what it left …
+    assert Tokens(tmp_path, "train", B, 1000).paths == [path]  # … is not read
+    assert Tokens(tmp_path, "train", B, 1000).n_tokens == 50
+
+
+def test_meta_counts_separators_as_tokens_without_text(tmp_path):
+    bytes_ = load_tokenizer("bytes")
+    write(tmp_path / "train.bin", [0, 65])
+    write(tmp_path / "val.bin", [0, 65, 66, 67])
+    assert write_meta(tmp_path, bytes_) == json.loads((tmp_path / "meta.json").read_text()) == {
+        "tokenizer": "bytes", "vocab_size": 256, "train_tokens": 2, "val_tokens": 4, "bytes_per_token": 0.75}
+
+
+def test_folder_of_a_name_and_of_a_path():
+    assert data_folder("pysrc_gpt2") == HERE / "pysrc_gpt2"
+    assert data_folder("./mine") == Path("mine")
+
+
+@pytest.mark.parametrize("folder, command", [
+    (HERE / "pysrc", "python data/pysrc/prepare.py"),
+    (HERE / "pysrc_gpt2_site", "python data/pysrc/prepare.py --tokenizer gpt2 --site_packages"),
+    (HERE / "fineweb", "python data/fineweb/prepare.py"),
+    (HERE / "text", "python data/text/prepare.py FOLDER"),
+    (Path("my/pysrc"), "python data/text/prepare.py FOLDER --out my/pysrc"),
+])
+def test_rebuild_command(folder, command):
+    assert rebuild_command(folder) == command
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(params=["bytes", "gpt2"])
+def tokenizer(request):
+    try:
+        return load_tokenizer(request.param)
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+def test_tokenizer_round_trip(tokenizer):
+    text = 'def f(x):\n\treturn "naïve 漢字 🙂 <|endoftext|>"\r\n'
+    tokens = tokenizer.encode(text)
+    assert tokens.dtype == np.uint16 and tokens.max() < tokenizer.vocab_size
+    assert tokenizer.separator not in tokens
+    assert b"".join(tokenizer.token_bytes(int(token)) for token in tokens) == text.encode()
+
+
+def test_tokens_that_do_not_exist_have_no_bytes(tokenizer):
+    assert len(tokenizer.token_bytes(tokenizer.vocab_size - 1)) > 0
+    assert [tokenizer.token_bytes(token) for token in (tokenizer.vocab_size, 65535, -1)] == [b"", b"", b""]
+
+
+def test_bytes_drop_the_separator():
+    assert load_tokenizer("bytes").encode("a\0b").tolist() == [97, 98]
+
+
+def test_tokenizer_refusals(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_tokenizer("gpt3")
+    one_line(error, "gpt3", "bytes, gpt2")
+    code = "from data.tokens import load_tokenizer; load_tokenizer('gpt2')"
+    # An empty cache and a proxy that is not there: offline wherever the tests run.
+    offline = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9",
+                            "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
+    failed = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=offline, capture_output=True, text=True)
+    last = failed.stderr.splitlines()[-1]
+    assert "TIKTOKEN_CACHE_DIR" in last or "pip install tiktoken" in last
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+def test_batch_has_targets_one_ahead_within_one_shard(train):
+    x, y = train.batch(0, 2 * train.windows_per_epoch)
+    assert x.shape == y.shape == (2 * train.windows_per_epoch, B)
+    assert x.dtype == y.dtype == np.int64
+    assert (y == x + 1).all()  # holds in this data only where a window is one run of tokens …
+    borders = np.searchsorted([1000, 1137, 1146], np.stack([x[:, 0], y[:, -1]]), side="right")
+    assert (borders[0] == borders[1]).all()  # … of one shard
+
+
+def test_batch_is_a_pure_function_of_the_index(folder, train):
+    total = 3 * train.windows_per_epoch + 5
+    x, y = train.batch(0, total)
+    other = Tokens(folder, "train", B, 1200, seed=1)
+    for i in np.random.default_rng(0).permutation(total):  # any order, back and forth between epochs
+        assert (other.batch(i, 1)[0][0] == x[i]).all()
+    for ranks in (2, 5):  # however a batch is split
+        size = total // ranks
+        parts = [other.batch(rank * size, size) for rank in range(ranks)]
+        assert (np.concatenate([part[0] for part in parts]) == x[:size * ranks]).all()
+        assert (np.concatenate([part[1] for part in parts]) == y[:size * ranks]).all()
+    assert train.batch(7, 0)[0].shape == (0, B)
+
+
+def test_an_epoch_has_every_window_once_and_epochs_differ(train):
+    n = train.windows_per_epoch
+    epochs = [train.batch(epoch * n, n)[0] for epoch in range(30)]
+    for x in epochs:
+        assert len(np.unique(x)) == x.size  # no token twice
+        starts = np.sort(x[:, 0])
+        for shard in (starts[starts < 1000], starts[(starts >= 1000) & (starts < 1137)]):
+            assert (np.diff(shard) == B).all()  # no gap between windows
+    assert n == (1000 // B - 1) + (137 // B - 1) + 1
+    assert (np.diff(epochs[0][:, 0]) == B).mean() < 0.1  # not the order of the file
+    assert len({tuple(x[:, 0]) for x in epochs}) == 30
+    assert len({x.min() for x in epochs}) > 5  # the borders move
+    seen = np.unique(epochs)
+    assert len(seen) > 0.98 * 1146  # so no token is left out for good
+
+
+def test_seeds_differ(folder, train):
+    other = Tokens(folder, "train", B, 1200, seed=2)
+    assert not (other.batch(0, 50)[0] == train.batch(0, 50)[0]).all(1).any()
+
+
+def test_order_is_the_same_on_every_machine_and_numpy(train):
+    assert train.batch(0, 5)[0][:, 0].tolist() == [861, 149, 101, 869, 725]
+
+
+@pytest.mark.parametrize("length", [B + 1, B + 2, 2 * B, 2 * B + 1, 3 * B - 1, 3 * B])
+def test_shortest_data(tmp_path, length):
+    write(tmp_path / "train.bin", np.arange(length))
+    data = Tokens(tmp_path, "train", B, length)
+    assert data.n_windows == (length - 1) // B
+    for i in range(200):
+        x, y = data.batch(i, 1)
+        assert (x[0] == np.arange(x[0, 0], x[0, 0] + B)).all() and (y == x + 1).all()
+
+
+def test_evaluation_windows_are_in_order_and_apart(train):
+    x, y = train.window(0, train.n_windows)
+    # (1000 - 1) // 8 and (137 - 1) // 8 and one: the last window needs its target too.
+    assert x[:, 0].tolist() == list(range(0, 992, B)) + list(range(1000, 1136, B)) + [1137]
+    assert (y == x + 1).all()
+    assert (train.window(120, 7)[0] == x[120:127]).all()
+    for first, count in [(0, train.n_windows + 1), (-1, 1), (train.n_windows, 1)]:
+        with pytest.raises(IndexError):
+            train.window(first, count)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+def patch(position, value):
+    def change(path):
+        content = bytearray(path.read_bytes())
+        content[4 * position:4 * position + 4] = np.array([value], "<i4").tobytes()
+        path.write_bytes(content)
+    return change
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
+    (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "truncated or damaged"),
+    (lambda path: path.write_bytes(b"short"), "5 bytes are too few"),
+    (lambda path: path.write_bytes(b""), "0 bytes are too few"),
+    (patch(0, 20240801), "magic 20240801"),
+    (patch(1, 2), "version 2"),
+    (patch(2, -1), "header counts -1 tokens"),
+    (lambda path: write(path, []), "empty"),
+])
+def test_damaged_file_is_refused_by_name(folder, damage, said):
+    path = folder / "train_1.bin"
+    damage(path)
+    before = path.read_bytes()
+    with pytest.raises(DataError) as error:
+        Tokens(folder, "train", B, 1200)
+    one_line(error, str(path), said, "python data/text/prepare.py FOLDER --out")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dataset, command", [
+    ("no_such", "python data/text/prepare.py FOLDER"),
+    ("fineweb", "python data/fineweb/prepare.py"),
+    ("./elsewhere", "python data/text/prepare.py FOLDER --out elsewhere"),
+])
+def test_missing_data_is_refused_with_the_command_that_makes_it(monkeypatch, tmp_path, dataset, command):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        Tokens(data_folder(dataset), "nosplit", B, 256)
+    one_line(error, str(data_folder(dataset)), "no nosplit tokens", command)
+
+
+def test_too_short_for_a_block_is_refused(folder):
+    assert Tokens(folder, "val", 99, 1200).n_windows == 1
+    with pytest.raises(DataError) as error:
+        Tokens(folder, "val", 100, 1200)
+    one_line(error, str(folder), "longest val file has 100 tokens", "--block_size=99")
+
+
+def test_meta_of_a_larger_vocabulary_is_refused(folder):
+    (folder / "meta.json").write_text('{"vocab_size": 1201}')
+    assert Tokens(folder, "train", B, 1201).meta == {"vocab_size": 1201}
+    with pytest.raises(DataError) as error:
+        Tokens(folder, "train", B, 1200)
+    one_line(error, str(folder), "--vocab_size=1201")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_unreadable_meta_is_refused(folder, content):
+    (folder / "meta.json").write_text(content)
+    with pytest.raises(DataError) as error:
+        Tokens(folder, "train", B, 1200)
+    one_line(error, str(folder / "meta.json"), "delete it")
+
+
+@pytest.mark.parametrize("read", ["batch", "window"])
+def test_token_outside_the_vocabulary_is_refused_with_its_position(folder, read):
+    tokens = np.arange(1000, 1137)
+    tokens[77] = 5000
+    write(folder / "train_1.bin", tokens)
+    data = Tokens(folder, "train", B, 1200)
+    with pytest.raises(DataError) as error:
+        getattr(data, read)(0, data.n_windows if read == "window" else 2 * data.windows_per_epoch)
+    one_line(error, str(folder / "train_1.bin"), "token 5000 at position 77", "1200", "python data/text/prepare.py")
+
+
+# --- fingerprint -----------------------------------------------------------------------------------------------------
+
+def test_fingerprint_sees_content_names_and_borders(folder, train):
+    prints = [train.fingerprint(), Tokens(folder, "val", B, 1200).fingerprint()]
+    assert Tokens(folder, "train", 2 * B, 1200, seed=9).fingerprint() == prints[0]
+    (folder / "train_3.bin").rename(folder / "train_4.bin")
+    prints.append(Tokens(folder, "train", B, 1200).fingerprint())
+    write(folder / "train_0.bin", np.arange(1000) + (np.arange(1000) == 500))
+    prints.append(Tokens(folder, "train", B, 1200).fingerprint())
+    assert len(set(prints)) == len(prints)
+    assert len(prints[0]) == 64
+
+
+@pytest.mark.parametrize("position, seen", [(0, True), (-1, True), (2 ** 15 + 10, False)])
+def test_fingerprint_samples_large_files_at_both_ends(tmp_path, position, seen):
+    tokens = np.zeros(33 * 2 ** 20, np.uint16)  # 66 MB
+    write(tmp_path / "train.bin", tokens)
+    before = Tokens(tmp_path, "train", B, 10).fingerprint()
+    tokens[position] = 1
+    write(tmp_path / "train.bin", tokens)
+    assert (Tokens(tmp_path, "train", B, 10).fingerprint() != before) == seen
