@@ -1,0 +1,52 @@
+"""The Python source on this machine as a corpus: the standard library, or all that is installed. No network.
+
+Source that is not UTF-8 text is skipped. About 5% of the files go to validation, by a hash of their path.
+"""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+if __name__ == "__main__":  # Python has put this folder on the path, not the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.corpus import Parser, command_line, write_corpus
+from data.tokens import HERE, DataError
+
+
+def source_files(site_packages=False):
+    """
+    [(path relative to its root, path)] of the .py files of the standard library, and of what is installed if asked.
+    The relative path is the same on every machine, so is the split made by it.
+    """
+    names = ["stdlib"] + ["purelib", "platlib"] * site_packages
+    skip = {"site-packages", "dist-packages", "__pycache__"}
+    files = {}
+    for root in dict.fromkeys(Path(sysconfig.get_path(name)) for name in names):
+        for path in root.rglob("*.py"):
+            key = path.relative_to(root)
+            if not skip & set(key.parts):
+                files.setdefault(path.resolve(), key.as_posix())  # lib64 may be a link to lib
+    return [(key, path) for path, key in files.items()]
+
+
+def prepare(out=None, tokenizer="bytes", site_packages=False, quiet=False):
+    """Writes the corpus and returns its folder. Raises DataError."""
+    out = Path(out or HERE / ("pysrc" + "_gpt2" * (tokenizer == "gpt2") + "_site" * site_packages))
+    files = source_files(site_packages)
+    if not files:
+        raise DataError(f"{sysconfig.get_path('stdlib')}: no Python source there; run this with a Python that has its "
+                        "library as files, or use python data/text/prepare.py FOLDER")
+    write_corpus(files, out, tokenizer, quiet)
+    return out
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="bytes",
+                        help="bytes (vocabulary 256) or GPT-2 byte pairs (50257) (default: %(default)s)")
+    parser.add_argument("--site_packages", action="store_true",
+                        help="add all that is installed to the standard library")
+    parser.add_argument("--out", help="folder to write (default: data/pysrc; with _gpt2 and _site appended for "
+                                      "--tokenizer gpt2 and --site_packages)")
+    command_line(prepare, parser)
