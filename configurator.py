@@ -50,6 +50,8 @@ def check(name, value, hint):
         raise ConfigError(f"{name} must be {_article(hint)}, not {value!r}")
     if hint is float and not abs(value) < float("inf"):
         raise ConfigError(f"{name} must be a finite number, not {value!r}")
+    if hint is str and "\0" in value:
+        raise ConfigError(f"{name} must not hold a zero byte")
     if (lowest is not None and value < lowest) or (highest is not None and value > highest):
         bounds = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
         raise ConfigError(f"{name} must be {bounds}, not {value!r}")

@@ -32,19 +32,32 @@ def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0):
     return list(groups.values())
 
 
-def make_optimizers(groups, optimizer, betas):
+def make_optimizers(groups, optimizer, betas, shard=False):
     """
     A list of optimizers over groups: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
+
+    shard: ZeRO-1 (arXiv 1910.02054). Each process of the default group keeps the state of its share of the
+    parameters, updates those, and sends them to the others: the same updates, with less memory.
 
     Muon (Keller Jordan, 2024) is torch.optim's, scaled so that its updates are as large as AdamW's (arXiv
     2502.16982): both then share one learning rate and weight decay.
     """
     hidden = [g for g in groups if optimizer == "muon" and g["name"] == "matrix"]
     rest = [g for g in groups if optimizer != "muon" or g["name"] != "matrix"]
-    optimizers = [torch.optim.AdamW(rest, lr=0.0, betas=betas, eps=1e-8, fused=True)]
+    wanted = [(rest, torch.optim.AdamW, dict(lr=0.0, betas=betas, eps=1e-8, fused=True))]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=0.0, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+        wanted.append((hidden, torch.optim.Muon, dict(lr=0.0, adjust_lr_fn="match_rms_adamw")))
+    if shard:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # half a second to import, and seldom needed
+        return [ZeroRedundancyOptimizer(params, kind, **kw) for params, kind, kw in wanted]
+    return [kind(params, **kw) for params, kind, kw in wanted]
+
+
+def gather_state(optimizers):
+    """Bring a sharded state together on process 0, which then has all of it in state_dict(); every process calls."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict(to=0)
 
 
 def set_lr(optimizers, lr):

@@ -9,11 +9,13 @@ Config files and --key=value flags apply from left to right. --resume=True goes 
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 from configurator import Amount, ConfigError, Count, Fraction, Whole, from_command_line, refuse
 
 Placement = Literal["same", "input", "dual", "dual_norm", "norm"]
+Beta = Annotated[float, 0.0, 0.999999]
+Seed = Annotated[int, 0, 2**32 - 1]
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Settings:
     vocab_size: Count = 256  # rows of the embedding, at least the data's vocabulary
     block_size: Count = 256  # tokens in a sequence
     tie_embeddings: bool = False  # the LM head shares the token table
-    rope_theta: Amount = 10000.0  # RoPE's base
+    rope_theta: Annotated[float, 1.0, None] = 10000.0  # RoPE's base
     norm_eps: Amount = 1e-6  # inside every norm's square root
     # scale vectors
     scale_vectors: bool = True  # False fixes every γ to 1
@@ -47,9 +49,10 @@ class Settings:
     min_lr_frac: Fraction = 0.1  # of lr, at the end
     warmup_steps: Whole = 50  # steps of linear warm-up
     decay_frac: Fraction = 1 / 3  # of all steps: wsd's decay
+    shard_optimizer: bool = False  # ZeRO-1: each process keeps a share of the optimizer's state
     weight_decay: Amount = 0.1  # on matrices, embeddings, and scale_decay's γ
-    beta1: Fraction = 0.9  # AdamW's
-    beta2: Fraction = 0.95  # AdamW's
+    beta1: Beta = 0.9  # AdamW's
+    beta2: Beta = 0.95  # AdamW's
     grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping
     # data and steps
     dataset: str = "pysrc"  # a folder under data/, or a path with a slash in it
@@ -61,7 +64,7 @@ class Settings:
     log_interval: Count = 10  # steps between rows of the log
     save_interval: Count = 100  # steps between checkpoints
     # the run
-    seed: Whole = 1  # of the initial weights and the order of the data
+    seed: Seed = 1  # of the initial weights and the order of the data
     out_dir: str = ""  # of the run; empty is out/ and the names of the config files
     resume: bool = False  # go on from out_dir's checkpoint
     device: str = "auto"  # cuda where there is one, else cpu
@@ -74,7 +77,7 @@ class Settings:
 # What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
 # schedule's end, knowingly.
 FREE_ON_RESUME = {"micro_batch", "max_steps", "eval_interval", "log_interval", "save_interval", "out_dir", "resume",
-                  "device", "dtype", "compile", "sample_tokens", "dry_run"}
+                  "device", "dtype", "compile", "sample_tokens", "shard_optimizer", "dry_run"}
 
 if __name__ == "__main__":
     # before torch is loaded, so that --help and a typo are answered at once
@@ -101,7 +104,7 @@ from tqdm import tqdm
 from data.tokens import DataError, Tokens, data_folder, load_tokenizer
 from model import GPT, GPTConfig
 from norms import ScaleVector
-from optim import lr_at, make_optimizers, param_groups, set_lr
+from optim import gather_state, lr_at, make_optimizers, param_groups, set_lr
 
 # dense bf16 FLOP/s from the vendors' data sheets, by a part of torch's name for the device; the first match counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
@@ -199,8 +202,12 @@ def claim_out_dir(s):
     """Refuse to touch a folder that holds another run, or this one without being told to resume."""
     out = Path(s.out_dir)
     ckpt, config = out / "ckpt.pt", out / "config.json"
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out_dir {out} is a file; name a folder")
+    try:
+        nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    except OSError as e:
+        raise ConfigError(f"out_dir cannot be used: {e.strerror}") from None
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"out_dir {out} cannot be made: {nearest} is no folder that you can write to")
     if s.resume:
         if not ckpt.exists():
             raise ConfigError(f"nothing to resume: there is no {ckpt}. Start the run without --resume=True")
@@ -225,10 +232,10 @@ class CSVLog:
         self.columns = columns
         kept = []
         if resume_step and path.exists():
-            with open(path, newline="", encoding="utf-8") as f:
-                # a kill can leave half a row at the end: int() of a cut step may lie, the missing columns do not
-                kept = [row for row in csv.DictReader(f)
-                        if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= resume_step]
+            whole, newline, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")  # a kill cuts rows
+            kept = [row for row in csv.DictReader((whole + newline).splitlines())
+                    if list(row) == columns and None not in row.values()
+                    and row["step"].isdigit() and int(row["step"]) <= resume_step]
         tmp = Path(f"{path}.tmp")
         with open(tmp, "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, columns, extrasaction="ignore")
@@ -284,20 +291,31 @@ def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint):
     ckpt = {**state, "step": step, "settings": asdict(s), "tokenizer": tokenizer, "data": fingerprint,
             "rng": torch.get_rng_state(), "versions": versions(), "checksum": checksum(state)}
     tmp = Path(f"{path}.tmp")
-    with open(tmp, "wb") as f:
-        torch.save(ckpt, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError of its own
+        tmp.unlink(missing_ok=True)
+        kept = "the one before it is kept" if path.exists() else "there was none before it"
+        raise OSError(f"the checkpoint of step {step} cannot be written to {path} ({str(e).splitlines()[0]}); {kept}. "
+                      f"Make room, then --resume=True") from None
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
     os.fsync(folder)
     os.close(folder)
 
 
-def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote. Raises ConfigError where the file is cut, foreign or damaged."""
+def load_checkpoint(path):
+    """
+    The dict that save_checkpoint wrote, on the CPU. Raises ConfigError where the file is cut, foreign or damaged.
+
+    weights_only: a checkpoint is data, and a stranger's cannot run anything. mmap: processes that read the same file
+    share its pages.
+    """
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {"model": ckpt["model"], "optimizers": ckpt["optimizers"]}
         intact = ckpt["checksum"] == checksum(state)
         ckpt["step"], ckpt["settings"], ckpt["tokenizer"], ckpt["data"], ckpt["rng"]
@@ -351,7 +369,8 @@ def main(s, config_files=()):
     claim_out_dir(s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
+    owns_group = world > 1 and not dist.is_initialized()  # a caller that trains several models keeps its own
+    if owns_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     master = rank == 0  # prints and writes; the others only compute
 
@@ -371,12 +390,12 @@ def main(s, config_files=()):
     torch.manual_seed(s.seed)
     raw_model = GPT(config).to(device)
     groups = param_groups(raw_model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult)
-    optimizers = make_optimizers(groups, s.optimizer, (s.beta1, s.beta2))
+    optimizers = make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and world > 1)
 
     out = Path(s.out_dir)
     step = 0
     if s.resume:
-        ckpt = load_checkpoint(out / "ckpt.pt", device)
+        ckpt = load_checkpoint(out / "ckpt.pt")
         if changed := differing(ckpt["settings"], asdict(s), FREE_ON_RESUME):
             raise ConfigError(f"{out}/ckpt.pt has other settings: {changed}. Resume with the same ones")
         if ckpt["data"] != fingerprint:
@@ -389,7 +408,7 @@ def main(s, config_files=()):
         raw_model.load_state_dict(ckpt["model"])
         for optimizer, state in zip(optimizers, ckpt["optimizers"]):
             optimizer.load_state_dict(state)
-        torch.set_rng_state(ckpt["rng"].cpu())
+        torch.set_rng_state(ckpt["rng"])
         del ckpt
     first_step = step
 
@@ -449,8 +468,10 @@ def main(s, config_files=()):
                     if bar.disable or "val_loss" in row:
                         bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
                                   + (f"{rate:,.0f} tokens/s" if rate else ""))
-                if step > 0 and master and (step % s.save_interval == 0 or last or stopping):
-                    save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, tokenizer, fingerprint)
+                if step > 0 and (step % s.save_interval == 0 or last or stopping):
+                    gather_state(optimizers)
+                    if master:
+                        save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, tokenizer, fingerprint)
             if last or stopping:
                 break
 
@@ -490,7 +511,7 @@ def main(s, config_files=()):
         bar.close()
         for sig, handler in old_handlers.items():
             signal.signal(sig, handler)
-        if world > 1:
+        if owns_group:
             dist.destroy_process_group()
 
     if stopping and step < s.max_steps:
@@ -550,12 +571,14 @@ def dry_run(s):
 
 
 def run(s, config_files=()):
-    """main, with exit codes for the shell: 2 for what the user can put right, 1 for a run that diverged."""
+    """main, with exit codes for the shell: 2 for what was asked wrongly, 1 for what went wrong on the way."""
     try:
         main(s, config_files)
     except (ConfigError, DataError) as e:
         refuse(e)
-    except Diverged as e:
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"train.py: {str(e).splitlines()[0]} A smaller --micro_batch needs less.")
+    except (Diverged, OSError) as e:
         sys.exit(f"train.py: {e}")
 
 
