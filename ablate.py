@@ -386,7 +386,8 @@ class Runner:
     def run(self, report):
         """Run what is not finished; report(write, cell, loss, seconds left) is called behind each cell that ends."""
         signals = []
-        old = {sig: signal.signal(sig, lambda signum, frame: signals.append(signum)) for sig in (signal.SIGINT, signal.SIGTERM)}
+        old = {sig: signal.signal(sig, lambda signum, frame: signals.append(signum))
+               for sig in (signal.SIGINT, signal.SIGTERM)}
         waiting = [cell for cell in self.cells if val_loss(cell) is None]
         total = sum(cell.flops for cell in self.cells)
         begun = sum(cell.flops * step_of(cell) / cell.settings.max_steps for cell in waiting)
@@ -493,7 +494,7 @@ def markdown_table(arms):
         difference, interval, beyond, added = "", "", "", ""
         if "delta" in a:
             difference, added = f"{a['delta']:+.4f}", f"{a['added']:+,.0f}"
-            interval = f"{a['delta'] - a['half']:+.4f} … {a['delta'] + a['half']:+.4f}" if a["half"] is not None else "?"
+            interval = "?" if a["half"] is None else f"{a['delta'] - a['half']:+.4f} … {a['delta'] + a['half']:+.4f}"
             beyond = "same runs" if a["same"] else "?" if a["half"] is None else "yes" if a["beyond"] else "no"
         lines.append(f"| {name} | {a['lr']:g}{'*' if a['edge'] else ''} | {a['mean']:.4f} | {difference} | {interval} "
                      f"| {beyond} | {len(a['losses'])} | {added} | {a['tokens']:,.0f} |")
@@ -511,8 +512,8 @@ def report_text(rows, arm_names, command):
     if any(at_reference[name] != a["lr"] for name, a in arms.items()):
         lines += ["", "All at the learning rate of what they are compared with:", ""]
         lines += markdown_table(summarise([row for row in rows if row["arm"] in arms], at_reference))
-    lines += ["", "A difference is the arm's validation loss (nats) minus that of its reference, in pairs of equal seed "
-              "and data order; its interval is Student's t over seeds. It is beyond noise when 0 lies outside the "
+    lines += ["", "A difference is the arm's validation loss (nats) minus that of its reference, in pairs of equal "
+              "seed and data order; its interval is Student's t over seeds. It is beyond noise when 0 lies outside the "
               "interval and it exceeds what two sets of reference runs differ by when nothing but seeds differs. One "
               "comparison in twenty passes the first by chance alone.", ""]
     for name in dict.fromkeys(a["reference"] for a in arms.values() if "delta" in a):
@@ -521,8 +522,8 @@ def report_text(rows, arm_names, command):
         others = [arm for arm, a in arms.items() if a["reference"] == name]
         if losses[1:]:
             lines.append(f"- {name} against itself: standard deviation {statistics.stdev(losses):.4f} over "
-                         f"{len(losses)} seeds, so sets of {len(losses)} differ by up to ±{arms[others[0]]['noise']:.4f}. "
-                         f"Compared with it: {', '.join(others)}.")
+                         f"{len(losses)} seeds, so sets of {len(losses)} differ by up to "
+                         f"±{arms[others[0]]['noise']:.4f}. Compared with it: {', '.join(others)}.")
         else:
             lines.append(f"- {name} has one seed, so nothing is known of the noise and no difference is called real.")
     if len({row["lr"] for row in rows}) == 1:
