@@ -229,7 +229,6 @@ class CSVLog:
     """Rows of a run, written as they come. A resumed run drops those after its checkpoint's step."""
 
     def __init__(self, path, columns, resume_step):
-        self.columns = columns
         kept = []
         if resume_step and path.exists():
             whole, newline, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")  # a kill cuts rows
@@ -238,12 +237,12 @@ class CSVLog:
                     and row["step"].isdigit() and int(row["step"]) <= resume_step]
         tmp = Path(f"{path}.tmp")
         with open(tmp, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns, extrasaction="ignore")
+            writer = csv.DictWriter(f, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
         os.replace(tmp, path)
         self.file = open(path, "a", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, columns)
+        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
 
     def write(self, *rows):
         self.writer.writerows(rows)

@@ -7,6 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Models of a few thousand parameters are quickest on one thread, and on a busy machine two threads spend their time
+# waiting for each other. Read by torch as it is imported, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

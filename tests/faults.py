@@ -1,0 +1,120 @@
+"""
+Kill a run with SIGKILL again and again, resume it each time, and compare its end with a run that nobody disturbed:
+
+    python tests/faults.py --kills 100
+
+A run that reaches its end is compared bit for bit and another one begins, until all kills are spent. A kill falls
+at one of three moments, in turn: at any time since the process started, at any time while it trains, and as soon as
+the temporary file of a checkpoint is seen.
+"""
+
+import argparse
+import csv
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from conftest import ROOT  # puts the project on sys.path
+from data.tokens import BinWriter
+from tqdm import tqdm
+from train import load_checkpoint
+
+
+def command(out, data, steps):
+    return [sys.executable, str(ROOT / "train.py"), str(ROOT / "config" / "unified.py"), f"--out_dir={out}",
+            f"--dataset={data}", f"--max_steps={steps}", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=16",
+            "--batch_tokens=64", "--micro_batch=2", "--eval_interval=7", "--eval_tokens=64", "--log_interval=1",
+            "--save_interval=1", "--sample_tokens=0", "--device=cpu", "--warmup_steps=5"]
+
+
+def outcome(out):
+    """What must not depend on how a run went: every tensor of its last checkpoint, and the losses of its log."""
+    ckpt = load_checkpoint(out / "ckpt.pt")
+    tensors = dict(ckpt["model"])
+    for i, optimizer in enumerate(ckpt["optimizers"]):
+        for index, state in optimizer["state"].items():
+            tensors.update({f"optimizer {i}, {index}, {name}": value for name, value in state.items()})
+    with open(out / "log.csv", newline="") as f:
+        losses = [(row["step"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(f)]
+    return tensors, losses
+
+
+def same(a, b):
+    return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+def attempt(args, out, moment, rng):
+    """Run args and kill it at the moment. Returns ('killed', whether it was writing) or ('ended', False)."""
+    tmp, log = out / "ckpt.pt.tmp", out / "log.csv"
+    seen = log.stat().st_mtime_ns if log.exists() else 0
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if moment == 0:
+        wait_until = time.monotonic() + rng.uniform(0, 4)
+        trigger = lambda: time.monotonic() > wait_until
+    else:
+        # log.csv is rewritten when a resumed run begins to train
+        began = lambda: log.exists() and log.stat().st_mtime_ns > seen
+        while process.poll() is None and not began():
+            time.sleep(0.002)
+        wait_until = time.monotonic() + rng.uniform(0, 0.5)
+        trigger = lambda: time.monotonic() > wait_until and (moment == 1 or tmp.exists())
+    while process.poll() is None and not trigger():
+        time.sleep(0.0002)
+    process.kill()
+    error = process.communicate()[1]
+    if process.returncode == 0:
+        return "ended", False
+    if process.returncode != -9:
+        raise AssertionError(f"exit code {process.returncode} instead of a kill: {error}")
+    return "killed", tmp.exists()
+
+
+def torment(folder, kills, steps, seed=0, bar=None):
+    """Spend `kills` kills on runs in folder. Returns a dict of what was done. Raises AssertionError on any difference."""
+    folder, rng = Path(folder), random.Random(seed)
+    data = folder / "data"
+    data.mkdir(parents=True)
+    for split in ("train", "val"):
+        with BinWriter(data / f"{split}.bin") as out:
+            out.write(np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint16))
+    subprocess.run(command(folder / "undisturbed", data, steps), check=True, stdout=subprocess.DEVNULL)
+    expected = outcome(folder / "undisturbed")
+    done = {"kills": 0, "while writing": 0, "before the first checkpoint": 0, "runs compared": 0}
+    while done["kills"] < kills or not done["runs compared"]:
+        out = folder / f"run{done['runs compared']}"
+        while True:
+            resume = ["--resume=True"] if (out / "ckpt.pt").exists() else []
+            args = command(out, data, steps) + resume
+            if done["kills"] < kills:
+                how, writing = attempt(args, out, done["kills"] % 3, rng)
+            else:
+                subprocess.run(args, check=True, stdout=subprocess.DEVNULL)
+                how = "ended"
+            if how == "ended":
+                break
+            done["kills"] += 1
+            done["while writing"] += writing
+            done["before the first checkpoint"] += not (out / "ckpt.pt").exists()
+            if bar is not None:
+                bar.update()
+        assert same(outcome(out), expected), f"{out} ended differently from {folder / 'undisturbed'}"
+        shutil.rmtree(out)
+        done["runs compared"] += 1
+    return done
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=400, help="of a run; default: 400")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=a.kills, unit="kill") as bar:
+        print(", ".join(f"{k}: {v}" for k, v in torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar).items()))

@@ -1,0 +1,115 @@
+"""Killed, starved of disk, fed with damaged files: a run loses nothing and says one line."""
+
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import faults
+from configurator import ConfigError
+from conftest import snapshot
+from train import LOG_COLUMNS, CSVLog, load_checkpoint, main
+
+
+def test_killed_runs_end_as_an_undisturbed_one(tmp_path):
+    """The short form of `python tests/faults.py`."""
+    done = faults.torment(tmp_path / "faults", kills=3, steps=60)
+    assert done["kills"] == 3 and done["runs compared"] >= 1
+
+
+def test_the_comparison_of_runs_can_fail(settings, tmp_path):
+    a, b = settings(), settings(seed=2, out_dir=str(tmp_path / "b"))
+    main(a)
+    main(b)
+    first, second = (faults.outcome(Path(s.out_dir)) for s in (a, b))
+    assert faults.same(first, first) and not faults.same(first, second)
+    first[0]["wte"] = first[0]["wte"].clone()
+    first[0]["wte"][0, 0] += 1e-7
+    assert not faults.same(first, faults.outcome(Path(a.out_dir)))
+
+
+def limited(args, limit):
+    """Run args where no file can grow past `limit` bytes, which a program meets as a full disk."""
+    def limits():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return subprocess.run(args, capture_output=True, text=True, preexec_fn=limits)
+
+
+@pytest.mark.parametrize("limit,file", [(200_000, "ckpt.pt"), (8_000, "")])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(corpus, tmp_path, limit, file):
+    out = tmp_path / "run"
+    subprocess.run(faults.command(out, corpus, 5), check=True, capture_output=True)
+    before = (out / "ckpt.pt").read_bytes()
+    run = limited(faults.command(out, corpus, 10) + ["--resume=True"], limit)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and file in run.stderr, run.stderr
+    assert (out / "ckpt.pt").read_bytes() == before and not (out / "ckpt.pt.tmp").exists()
+    subprocess.run(faults.command(out, corpus, 10) + ["--resume=True"], check=True, capture_output=True)
+    assert load_checkpoint(out / "ckpt.pt")["step"] == 10
+
+
+def test_a_checkpoint_cut_anywhere_is_refused(settings):
+    s = settings()
+    main(s)
+    path = Path(s.out_dir) / "ckpt.pt"
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for keep in [0, 1, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(60))]:
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ConfigError, match="cut off or not ours"):
+            load_checkpoint(path)
+
+
+def test_a_flipped_bit_anywhere_is_refused_or_without_effect(settings):
+    s = settings()
+    main(s)
+    path = Path(s.out_dir) / "ckpt.pt"
+    whole, expected = path.read_bytes(), faults.outcome(Path(s.out_dir))
+    rng, refused = random.Random(0), 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(path)
+        except ConfigError:
+            refused += 1
+        else:  # the bit was in padding or in one of the zip's unused fields
+            assert faults.same(faults.outcome(Path(s.out_dir)), expected)
+    assert refused > 20
+
+
+def test_a_log_cut_anywhere_keeps_its_whole_rows(settings):
+    s = settings()
+    main(s)
+    path = Path(s.out_dir) / "log.csv"
+    whole = path.read_bytes()
+    for keep in range(0, len(whole) + 1, 3):
+        path.write_bytes(whole[:keep])
+        CSVLog(path, LOG_COLUMNS, 5).file.close()
+        kept = path.read_bytes().splitlines()
+        complete = whole[:keep].rpartition(b"\n")[0].splitlines()
+        assert kept[0].decode() == ",".join(LOG_COLUMNS) and kept[1:] == complete[1:7]  # steps 0 to 5
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_cannot_run_anything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Bomb()}, "ckpt.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
+    before = snapshot(tmp_path)
+    for name in ("ckpt.pt", "plain.pt"):
+        with pytest.raises(ConfigError, match="not ours"):
+            load_checkpoint(tmp_path / name)
+    assert snapshot(tmp_path) == before and not (tmp_path / "ran").exists()
