@@ -20,6 +20,9 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 class ConfigError(ValueError):
     """A setting that the user can put right. The message is one line: what was wrong, and what to do."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))  # a flag that is quoted may hold anything
+
 
 # Ranges are part of a field's type: Annotated[type, lowest, highest].
 Count = Annotated[int, 1, None]
@@ -95,7 +98,7 @@ def read_file(path, hints):
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
             trace = trace.tb_next
         where = f"{path}:{line}" if line else path
-        raise ConfigError(f"{where}: {type(e).__name__}: {' '.join(str(e).split())}") from None
+        raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
     values = {name: value for name, value in namespace.items() if not name.startswith("_")}
     for name, value in values.items():
         _known(name, hints, path)
