@@ -24,6 +24,8 @@ class Settings:
     arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
     n_layer: Count = 4  # blocks
     n_head: Count = 4  # attention heads
+    n_kv_head: Whole = 0  # heads of k and v (GQA); 0 is n_head
+    d_head: Whole = 0  # channels of a head; 0 is n_embd / n_head
     n_embd: Count = 128  # width of the residual stream
     ffn_dim: Whole = 0  # width of the FFN; 0 is int(8 n_embd / 3)
     vocab_size: Count = 256  # rows of the embedding, at least the data's vocabulary
