@@ -192,7 +192,7 @@ def hf_config(config, tokenizer):
                 "mlp_bias": False, "rope_theta": config.rope_theta, "rope_parameters": rope}
     if kind == "gemma3_text":
         return {"architectures": ["Gemma3ForCausalLM"], **common, "hidden_activation": "silu",
-                "attention_bias": False, "query_pre_attn_scalar": config.d_head, "sliding_window": None,
+                "attention_bias": False, "query_pre_attn_scalar": config.d_head, "sliding_window": config.block_size,
                 "layer_types": ["full_attention"] * config.n_layer, "final_logit_softcapping": None,
                 "attn_logit_softcapping": None, "rope_theta": config.rope_theta,
                 "rope_parameters": {"full_attention": rope}}

@@ -294,27 +294,39 @@ SHAPE = ("arch", "n_layer", "n_head", "n_kv_head", "d_head", "n_embd", "ffn_dim"
 def adopt(s):
     """
     Set the shape in train.py's settings from the folder s.init_from: what SHAPE names, and qkv_norm where it matters.
-    Scale vectors, placements and block_size stay the user's.
+    Scale vectors, placements and block_size stay the user's. A resumed run has its shape from its own folder, so that
+    s.init_from may be gone by then.
 
     Returns (tokenizer or None, a line to print or ""): the line says where the settings add norms, so that no choice
     of weights computes the folder's function. Raises ConfigError where settings contradict the folder, and where they
     drop norms that the weights were trained with.
     """
+    run = Path(s.out_dir) / "config.json"
+    if s.resume and run.exists():
+        there = read_json(run).get("settings", {})
+        take_shape(s, {name: there[name] for name in (*SHAPE, "qkv_norm") if name in there}, run)
+        return None, ""
     source, tokenizer = read_config(s.init_from)
     has = {"attn": source.attn_placement in NORMED, "ffn": source.ffn_placement in NORMED}
-    for name in SHAPE + (("qkv_norm",) if has["attn"] or source.arch == "gemma" else ()):
-        mine, theirs = getattr(s, name), getattr(source, name)
-        if mine not in (theirs, type(s).__dataclass_fields__[name].default):
-            raise ConfigError(f"{name} {mine!r} contradicts {s.init_from}, which has {theirs!r}; leave it out")
-        setattr(s, name, theirs)
+    names = SHAPE + (("qkv_norm",) if has["attn"] or source.arch == "gemma" else ())
+    take_shape(s, {name: getattr(source, name) for name in names}, s.init_from)
     new = []
     for part in has:
         mine = getattr(s, f"{part}_placement")
         mine = s.placement if mine == "same" else mine
         if has[part] and mine not in NORMED:
-            raise ConfigError(f"{s.init_from} was trained with norms behind its {part} branches; "
-                              f"{part}_placement {mine!r} has none: set it to dual_norm or norm")
+            raise ConfigError(f"{s.init_from} was trained with norms behind its {part} branches, and {part}_placement "
+                              f"{mine!r} has none: set it to dual_norm or norm")
         if mine in NORMED and not has[part]:
             new.append(f"{part}_placement={mine}")
     return tokenizer, (f"{' and '.join(new)}: norms that {s.init_from} was trained without. The first loss is not "
                        f"that model's" if new else "")
+
+
+def take_shape(s, shape, where):
+    """Set what shape, a dict, names in the settings s. Raises ConfigError where s has neither that nor its default."""
+    for name, theirs in shape.items():
+        mine = getattr(s, name)
+        if mine not in (theirs, type(s).__dataclass_fields__[name].default):
+            raise ConfigError(f"{name} {mine!r} contradicts {where}, which has {theirs!r}; leave it out")
+        setattr(s, name, theirs)
