@@ -53,14 +53,14 @@ def fold(model):
         t[p + "attn.o"] = attn.o.weight.double()
         if "v" in u:  # attention mixes tokens, not channels; each head of v serves n_head / n_kv_head heads of o
             u_v = u.pop("v").double().view(config.n_kv_head, config.d_head)
-            t[p + "attn.o"] *= u_v.repeat_interleave(config.n_head // config.n_kv_head, dim=0).flatten()
+            t[p + "attn.o"] = t[p + "attn.o"] * u_v.repeat_interleave(config.n_head // config.n_kv_head, dim=0).flatten()
         t.update({f"{p}attn.{c}_scale": u_c for c, u_c in u.items()})
         if attn.qk_norm and attn.q_scale is not None:
             t[p + "attn.q_scale"], t[p + "attn.k_scale"] = attn.q_scale(), attn.k_scale()
         u = branches_into(t, p + "ffn.", ffn.gate_up)
         t[p + "ffn.down"] = ffn.down.weight.double()
         if "up" in u:
-            t[p + "ffn.down"] *= u.pop("up").double()
+            t[p + "ffn.down"] = t[p + "ffn.down"] * u.pop("up").double()
         t.update({f"{p}ffn.{c}_scale": u_c for c, u_c in u.items()})
         if config.arch == "gemma" and block.attn_post is not None:
             t[p + "attn_post"], t[p + "ffn_post"] = block.attn_post(), block.ffn_post()
