@@ -62,6 +62,23 @@ class ScaleVector(nn.Module):
         for name, p in self.named_parameters():
             p.fill_(0.0 if name == "w" or (name == "beta" and self.form == "er") else 1.0)
 
+    @torch.no_grad()
+    def set(self, gamma):
+        """Make γ what is given, (n,); or's and er's α then has the length of a fresh one, √n. Raises ValueError."""
+        if self.form == "direct":
+            self.gamma.copy_(gamma)
+        elif self.form == "zero_centred":
+            self.w.copy_(gamma.double() - 1.0)
+        elif self.form == "product":
+            self.beta.fill_(1.0)
+            self.alpha.copy_(gamma)
+        else:
+            size = gamma.double().square().mean().sqrt()
+            if not size > 0:
+                raise ValueError(f"{self.form} cannot represent a γ of zeros: its α has no direction")
+            self.beta.copy_(size.log() if self.form == "er" else size)
+            self.alpha.copy_(gamma.double() / size)
+
     def decays(self, name):
         """Whether weight decay on this parameter moves γ: shrinking α leaves √n α/‖α‖ as it was."""
         return not (name == "alpha" and self.form in ("or", "er"))
@@ -105,6 +122,7 @@ class Branches(nn.Module):
     """
 
     folded = True
+    kept = None  # gemm_weight's result, while someone promises that no parameter changes (GPT.weights_kept)
 
     def __init__(self, n_in, n_out, placement="input", heterogeneous=False, form="direct", scale_vectors=True,
                  role="input", group=None, eps=1e-6):
@@ -129,12 +147,17 @@ class Branches(nn.Module):
             v = self.v[c]() if c in self.v else shared
             yield c, u, v
 
+    def gemm_weight(self, dtype):
+        """All branches' weights with their scale vectors in them, one below the other, (sum of n_out, n_in)."""
+        dual = self.placement == "dual"
+        weights = [scaled_cast(self.weight[c], u if dual else None, v, dtype) for c, u, v in self.vectors()]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
     def forward(self, h):
         # h: (..., n_in), the output of N
         dual = self.placement == "dual"
         if self.folded:
-            weights = [scaled_cast(self.weight[c], u if dual else None, v, h.dtype) for c, u, v in self.vectors()]
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            weight = self.gemm_weight(h.dtype) if self.kept is None else self.kept
             y = F.linear(h, weight).split(list(self.n_out.values()), dim=-1)
         else:
             y = []

@@ -24,6 +24,8 @@ class Settings:
     arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
     n_layer: Count = 4  # blocks
     n_head: Count = 4  # attention heads
+    n_kv_head: Whole = 0  # heads of k and v (GQA); 0 is n_head
+    d_head: Whole = 0  # channels of a head; 0 is n_embd / n_head
     n_embd: Count = 128  # width of the residual stream
     ffn_dim: Whole = 0  # width of the FFN; 0 is int(8 n_embd / 3)
     vocab_size: Count = 256  # rows of the embedding, at least the data's vocabulary
@@ -64,6 +66,7 @@ class Settings:
     log_interval: Count = 10  # steps between rows of the log
     save_interval: Count = 100  # steps between checkpoints
     # the run
+    init_from: str = ""  # start from the weights, and the shape, of a folder by export.py or of a Hugging Face Llama
     seed: Seed = 1  # of the initial weights and the order of the data
     out_dir: str = ""  # of the run; empty is out/ and the names of the config files
     resume: bool = False  # go on from out_dir's checkpoint
@@ -102,6 +105,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.tokens import DataError, Tokens, data_folder, load_tokenizer
+from folding import adopt, load, read_tensors
 from model import GPT, GPTConfig
 from norms import ScaleVector
 from optim import gather_state, lr_at, make_optimizers, param_groups, set_lr
@@ -359,6 +363,7 @@ def evaluate(model, data, s, device, rank, world):
 def main(s, config_files=()):
     if not s.out_dir:
         s.out_dir = default_out_dir(config_files)
+    init_tokenizer, init_note = adopt(s) if s.init_from else (None, "")
     if s.dry_run:
         return dry_run(s)
     device, dtype = pick_device(s)
@@ -383,11 +388,19 @@ def main(s, config_files=()):
     train_data = Tokens(folder, "train", s.block_size, s.vocab_size, s.seed)
     val_data = Tokens(folder, "val", s.block_size, s.vocab_size)
     tokenizer = train_data.meta.get("tokenizer", "gpt2")  # shards without a meta.json are other people's: GPT-2's
+    if init_tokenizer and init_tokenizer != tokenizer:
+        raise ConfigError(f"{s.init_from} knows tokens of {init_tokenizer!r}, and {folder} has {tokenizer!r}")
     fingerprint = {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
 
     # model and optimizer; drawn on the CPU, so that every device starts from the same weights
     torch.manual_seed(s.seed)
-    raw_model = GPT(config).to(device)
+    raw_model = GPT(config)
+    if s.init_from and not s.resume:
+        try:
+            load(raw_model, read_tensors(s.init_from))
+        except ConfigError as e:
+            raise ConfigError(f"init_from {s.init_from}: {e}") from None
+    raw_model.to(device)
     groups = param_groups(raw_model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult)
     optimizers = make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and world > 1)
 
@@ -428,6 +441,8 @@ def main(s, config_files=()):
         print(f"{counts['params']:,} parameters, {counts['scale_params']:,} of them in scale vectors; "
               f"{train_data.n_tokens:,} tokens in {folder.name}; {s.max_steps} steps of {s.batch_tokens} tokens "
               f"on {device.type} in {dtype}, to {out}")
+        if init_note:
+            print(init_note)
     bar = tqdm(total=s.max_steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
                dynamic_ncols=True)
 

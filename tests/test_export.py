@@ -1,0 +1,420 @@
+"""
+export.py and folding.py: what is handed over computes the same function, by transformers itself and by our own code;
+nothing half is left, nothing is overwritten unasked.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+import export
+from conftest import ROOT
+from configurator import ConfigError, configure
+from data.tokens import DataError, load_tokenizer
+from export import arguments, byte_symbols, main, open_model, write_tokenizer
+from folding import fold, load, read_tensors
+from model import GPT, GPTConfig
+from norms import FORMS, ScaleVector
+from train import Settings, checksum, gpt_config, save_checkpoint
+
+TEXT = (ROOT / "model.py").read_text(encoding="utf-8")[:200] + " café γ ⊙ 你好 \n"
+TINY = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--ffn_dim=45", "--block_size=128"]
+
+# every config file, and shapes that none of them has
+CASES = {path.stem: [str(path)] for path in sorted((ROOT / "config").glob("*.py"))}
+CASES.update({f"{name}-{i}": [str(ROOT / "config" / f"{name}.py"), *flags] for i, (name, *flags) in enumerate([
+    ("baseline", "--tie_embeddings=True", "--n_kv_head=2"), ("no_scale", "--tie_embeddings=True", "--n_kv_head=1"),
+    ("baseline", "--d_head=6", "--rope_theta=500000", "--norm_eps=0.01"), ("hg", "--vocab_size=300", "--n_head=1"),
+    ("gemma_wd_all", "--n_kv_head=2", "--d_head=12", "--tie_embeddings=True"), ("gemma_wd_all", "--qkv_norm=full"),
+    ("gemma_wd_all", "--scale_vectors=False"), ("gemma_wd_all", "--placement=dual"),
+    ("unified", "--n_kv_head=2", "--tie_embeddings=True"), ("unified_full_norm", "--n_kv_head=1", "--d_head=12"),
+    ("dnp", "--scale_vectors=False", "--tie_embeddings=True"), ("dp", "--ffn_placement=norm"),
+    ("gemma_unified", "--qkv_norm=full", "--n_kv_head=2"), ("baseline", "--n_embd=30", "--d_head=8"),
+])})
+
+
+def shaken(config, seed=0, size=5.0):
+    """A GPT far from its initialisation: every γ away from 1, and matrices so large that attention is not uniform."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for _, p, role, _ in model.named_roles():
+            if role in ("matrix", "embedding"):
+                p.mul_(size)
+        for module in model.modules():
+            if isinstance(module, ScaleVector):
+                for p in module.parameters():
+                    p.add_(0.3 * torch.randn_like(p))
+                assert (module() - 1).abs().mean() > 0.05
+    return model
+
+
+def save_run(folder, args, tokenizer="bytes"):
+    """A run's folder with a checkpoint of a shaken model; returns the model."""
+    settings, _ = configure(Settings, args)
+    model = shaken(gpt_config(settings))
+    folder.mkdir()
+    save_checkpoint(folder / "ckpt.pt", model, [], 0, settings, tokenizer, {})
+    return model
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids)[0]
+
+
+IDS = torch.tensor([[0, *TEXT.encode()[:127]]])
+
+# transformers takes seconds to load: one fresh process reads every folder
+READER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+results = {}
+for folder in sys.argv[3:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    with open(sys.argv[2], encoding="utf-8", newline="") as f:
+        text = f.read()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    encoded = tokenizer(text)["input_ids"]
+    ids = torch.load(sys.argv[1])
+    with torch.no_grad():
+        torch.save(model(ids).logits, f"{folder}/../logits.pt")
+    prompt = ids[:, :7]
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    batch = torch.cat((torch.full((1, 3), tokenizer.eos_token_id), prompt), 1)
+    mask = torch.tensor([[0] * 3 + [1] * 7])
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    results[folder] = {
+        "class": type(model).__name__, "problems": {k: str(v) for k, v in info.items() if v}, "encoded": encoded,
+        "decoded": tokenizer.decode(encoded, skip_special_tokens=True) == text,
+        "norms": [name for name, p in model.named_parameters() if p.ndim == 1 and (p != 1).any()],
+        "greedy": model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, 7:].tolist(),
+        "padded": model.generate(batch, attention_mask=mask, **options)[0, 10:].tolist()}
+print("RESULTS" + json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """{case: (original model, folder with hf/ and nanoscale/, what transformers made of hf/)}"""
+    pytest.importorskip("transformers", reason="the check by transformers itself needs it installed")
+    root = tmp_path_factory.mktemp("exports")
+    models = {}
+    for case, args in CASES.items():
+        models[case] = save_run(root / case, [*TINY, *args])
+        for to in ("hf", "nanoscale"):
+            main(arguments([str(root / case), "--to", to, "--out", str(root / f"{case}.out" / to)]))
+    torch.save(IDS, root / "ids.pt")
+    (root / "text.txt").write_text(TEXT, encoding="utf-8")
+    folders = {case: str(root / f"{case}.out" / "hf") for case in CASES}
+    env = dict(os.environ, HF_HOME=str(root / "hf_home"), HF_HUB_OFFLINE="1")
+    run = subprocess.run([sys.executable, "-c", READER, str(root / "ids.pt"), str(root / "text.txt"),
+                          *folders.values()], env=env, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads(run.stdout.split("RESULTS")[-1])
+    return {case: (models[case], root / f"{case}.out", results[folders[case]]) for case in CASES}
+
+
+def expected_class(model):
+    config = model.config
+    if {config.attn_placement, config.ffn_placement} & {"norm", "dual_norm"} or config.n_embd % config.n_head:
+        return "NanoScaleForCausalLM"
+    if config.arch == "llama":
+        return "LlamaForCausalLM"
+    return "NanoScaleForCausalLM" if config.qkv_norm == "full" else "Gemma3ForCausalLM"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_computes_the_same_function(case, exports):
+    model, folder, theirs = exports[case]
+    expected = logits(model, IDS)
+    assert theirs["class"] == expected_class(model) and not theirs["problems"]
+    assert expected.std() > 0.3  # logits that say something
+    difference = (torch.load(folder / "logits.pt") - expected).abs().max().item()
+    print(f"{case}: {theirs['class']}, largest difference {difference:.2g} of logits up to {expected.abs().max():.3g}")
+    assert difference < 1e-5
+    if theirs["class"] == "LlamaForCausalLM":
+        assert not theirs["norms"]  # all ones
+    # the same continuation, also from within a batch with padding on the left
+    ours = torch.cat(list(model.generate(IDS[:, :7], 12, temperature=0)), dim=1)[0].tolist()
+    assert theirs["greedy"] == ours and theirs["padded"] == ours
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_own_code_computes_the_same_function_from_both_folders(case, exports):
+    model, folder, _ = exports[case]
+    for to in ("hf", "nanoscale"):
+        again, tokenizer = open_model(folder / to)
+        assert tokenizer == "bytes"
+        assert (logits(again, IDS) - logits(model, IDS)).abs().max() < 1e-5
+        assert again.config.block_size == 128
+
+
+@pytest.mark.parametrize("case", ["baseline", "unified"])
+def test_transformers_reads_every_byte_as_we_do(case, exports):
+    _, _, theirs = exports[case]
+    assert theirs["encoded"] == [0, *TEXT.encode()] and theirs["decoded"]
+
+
+def test_what_is_folded_is_gone(exports):
+    _, folder, _ = exports["baseline"]
+    assert not [name for name in read_tensors(folder / "nanoscale") if "norm" in name or "scale" in name]
+    _, folder, _ = exports["unified"]
+    left = {name.split(".", 2)[2] for name in read_tensors(folder / "nanoscale") if name.endswith("_scale")}
+    assert left == {"attn.q_scale", "attn.k_scale", "ffn.gate_scale"}
+
+
+def test_folding_is_exact_and_leaves_the_model_alone():
+    for arch in ("llama", "gemma"):
+        model = shaken(GPTConfig(arch=arch, n_layer=2, n_embd=32, n_kv_head=2, heterogeneous=True, placement="dual_norm",
+                                 reparam="er", dtype="float64")).double()
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        config, tensors = fold(model)
+        again = GPT(replace(config, dtype="float64"))
+        load(again, tensors)
+        # rounded once, to fp32: nothing but that may differ
+        assert (logits(again.double(), IDS) - logits(model, IDS)).abs().max() < 3e-6
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        twice = fold(again)
+        assert twice[0] == config and all(torch.allclose(x, tensors[name]) for name, x in twice[1].items())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# from folded weights to any strategy
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kw", [dict(), dict(heterogeneous=True), dict(scale_vectors=False), dict(placement="dual")],
+                         ids=str)
+@pytest.mark.parametrize("arch", ["llama", "gemma"])
+def test_every_strategy_with_the_same_norms_starts_from_the_same_function(arch, kw, form):
+    if arch == "gemma" and not kw.get("scale_vectors", True):
+        pytest.skip("gemma's γ stay: refused, see below")
+    shape = dict(arch=arch, n_layer=2, n_embd=32, ffn_dim=45)
+    model = shaken(GPTConfig(**shape, placement="dual", reparam="or"))
+    _, tensors = fold(model)
+    again = GPT(GPTConfig(**shape, reparam=form, **kw))
+    load(again, tensors)
+    assert (logits(again, IDS) - logits(model, IDS)).abs().max() < 1e-5
+    assert all((module() - 1).abs().max() < 1e-6 for name, module in again.named_modules()
+               if isinstance(module, ScaleVector) and module.role == "input")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("arch", ["llama", "gemma"])
+def test_folded_dnp_goes_on_as_dnp(arch, form):
+    shape = dict(arch=arch, n_layer=2, n_embd=32, ffn_dim=45, n_kv_head=2, placement="dual_norm")
+    model = shaken(GPTConfig(**shape, reparam="zero_centred"))
+    again = GPT(GPTConfig(**shape, heterogeneous=True, reparam=form))
+    load(again, fold(model)[1])
+    assert (logits(again, IDS) - logits(model, IDS)).abs().max() < 1e-5
+
+
+def test_a_scale_vector_of_zeros_has_no_direction():
+    for form in ("or", "er"):
+        with pytest.raises(ValueError, match="zeros"):
+            ScaleVector(4, "input", form).set(torch.zeros(4))
+    ScaleVector(4, "input", "product").set(torch.zeros(4))
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda t: t.pop("blocks.1.attn.k"), "there is no tensor blocks.1.attn.k"),
+    (lambda t: t.update(wte=t["wte"][:5]), r"wte has shape \[5, 32\], where \[256, 32\] belongs"),
+    (lambda t: t.update({"blocks.0.ffn.gate_scale": torch.ones(45)}), "blocks.0.ffn.gate_scale has no place"),
+])
+def test_tensors_that_do_not_fit_are_refused(change, message):
+    config = GPTConfig(n_layer=2, n_embd=32, ffn_dim=45)
+    _, tensors = fold(GPT(config))
+    change(tensors)
+    with pytest.raises(ConfigError, match=message):
+        load(GPT(config), tensors)
+
+
+def test_gemmas_vectors_need_a_place():
+    config = dict(arch="gemma", n_layer=1, n_embd=32)
+    with pytest.raises(ConfigError, match="no place"):
+        load(GPT(GPTConfig(**config, scale_vectors=False)), fold(shaken(GPTConfig(**config)))[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_tokenizer_json_encodes_and_decodes_as_ours(name, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs Hugging Face's tokenizers")
+    try:
+        ours = load_tokenizer(name)
+    except DataError as e:
+        pytest.skip(str(e))
+    write_tokenizer(tmp_path, ours, 64)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    odd = "".join(map(chr, range(1, 0x800))) + " \t\n  x'll '  1234 \r\n\u3000\U0001f600 " + TEXT
+    code = [p.read_text(encoding="utf-8").replace("<|endoftext|>", "") for p in sorted(ROOT.glob("*.py"))]
+    for text in (*code, odd, "", " "):
+        ids = ours.encode(text).tolist()
+        encoded = theirs.encode(text).ids
+        assert encoded == [ours.separator, *ids]
+        assert theirs.decode(encoded) == text
+    assert theirs.encode("<|endoftext|>").ids == [ours.separator] * 2  # written out it is the separator there
+    assert theirs.get_vocab_size() == ours.vocab_size
+    assert [theirs.token_to_id(theirs.id_to_token(i)) for i in range(ours.vocab_size)] == list(range(ours.vocab_size))
+
+
+def test_byte_symbols_are_256_different_ones_without_space():
+    symbols = byte_symbols()
+    assert sorted(symbols) == list(range(256)) and len(set(symbols.values())) == 256
+    assert not any(c.isspace() for c in symbols.values()) and symbols[32] == "Ġ"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    save_run(tmp_path / "run", [*TINY, *CASES["unified"]])
+    return tmp_path / "run"
+
+
+def export_to(run, out, *flags, to="hf"):
+    main(arguments([str(run), "--to", to, "--out", str(out), *flags]))
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full"), SystemExit(143)])
+@pytest.mark.parametrize("step", ["write_tokenizer", "write_json", "hf_tensors"])
+def test_an_interrupted_export_leaves_nothing_and_takes_nothing(run, tmp_path, monkeypatch, error, step):
+    def interrupt(*args):
+        raise error
+
+    export_to(run, tmp_path / "old")
+    before = content(tmp_path / "old")
+    monkeypatch.setattr(export, step, interrupt)
+    with pytest.raises(type(error) if isinstance(error, BaseException) else error):
+        export_to(run, tmp_path / "new")
+    with pytest.raises(type(error) if isinstance(error, BaseException) else error):
+        export_to(run, tmp_path / "old", "--overwrite")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "run"] and content(tmp_path / "old") == before
+
+
+def test_an_export_whose_last_rename_fails_gives_the_old_one_back(run, tmp_path, monkeypatch):
+    export_to(run, tmp_path / "old")
+    before, rename = content(tmp_path / "old"), os.rename
+
+    def fail(source, target):
+        if str(source).endswith(".part"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError):
+        export_to(run, tmp_path / "old", "--overwrite", to="nanoscale")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "run"] and content(tmp_path / "old") == before
+
+
+def test_an_export_is_overwritten_only_when_asked(run, tmp_path):
+    export_to(run, tmp_path / "out")
+    before = content(tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds an export already.*--overwrite"):
+        export_to(run, tmp_path / "out", to="nanoscale")
+    assert content(tmp_path / "out") == before
+    export_to(run, tmp_path / "out", "--overwrite", to="nanoscale")
+    assert set(content(tmp_path / "out")) == {"config.json", "model.safetensors"}
+
+
+def test_a_folder_with_anything_else_in_it_is_never_overwritten(run, tmp_path):
+    for target in (run, tmp_path):
+        before = {p.name for p in target.iterdir()}
+        with pytest.raises(ConfigError, match="holds what is no export"):
+            export_to(run, target, "--overwrite")
+        assert {p.name for p in target.iterdir()} == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"):
+        export_to(run, tmp_path / "file", "--overwrite")
+    (tmp_path / "empty").mkdir()
+    export_to(run, tmp_path / "empty")
+    assert "config.json" in content(tmp_path / "empty")
+
+
+def test_files_are_as_readable_as_others(run, tmp_path):
+    export_to(run, tmp_path / "out")
+    (tmp_path / "other").touch()
+    assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
+def test_an_export_can_be_exported_again(run, tmp_path):
+    export_to(run, tmp_path / "a", to="nanoscale")
+    export_to(run, tmp_path / "b")
+    export_to(tmp_path / "a", tmp_path / "c")
+    b, c = content(tmp_path / "b"), content(tmp_path / "c")
+    assert b == c
+
+
+def damage(path, how):
+    if how == "nothing there":
+        return "there is no such folder"
+    path.mkdir()
+    if how == "empty":
+        return "neither an exported model nor a run"
+    if how == "text":
+        (path / "ckpt.pt").write_text("not a checkpoint")
+        return "cannot be read as a checkpoint"
+    if how == "another's":
+        torch.save({"model": {}, "iter_num": 3}, path / "ckpt.pt")
+        return "cannot be read as a checkpoint"
+    if how == "a run's config":
+        (path / "config.json").write_text(json.dumps({"settings": {}}))
+        return "neither an exported model's nor"
+    if how == "not json":
+        (path / "config.json").write_text("{")
+        return "cannot be read"
+    if how == "old settings":
+        settings = {**asdict(configure(Settings, TINY)[0]), "colour": "red"}
+        state = {"model": GPT(GPTConfig(n_layer=1)).state_dict(), "optimizers": []}
+        torch.save({**state, "step": 0, "settings": settings, "tokenizer": "bytes", "data": {},
+                    "rng": torch.get_rng_state(), "checksum": checksum(state)}, path / "ckpt.pt")
+        return "of another version of nanoScale"
+
+
+@pytest.mark.parametrize("how", ["nothing there", "empty", "text", "another's", "a run's config", "not json",
+                                 "old settings"])
+def test_what_is_not_ours_is_refused_in_one_line(how, tmp_path):
+    message = damage(tmp_path / "run", how)
+    with pytest.raises(ConfigError, match=message) as e:
+        export_to(tmp_path / "run", tmp_path / "out")
+    assert "\n" not in str(e.value) and "run" in str(e.value)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_command_line(run, tmp_path):
+    def call(*args):
+        return subprocess.run([sys.executable, ROOT / "export.py", *args], capture_output=True, text=True)
+
+    done = call(run, "--to", "hf", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "trust_remote_code" in done.stdout and done.stderr == ""
+    again = call(run, "--to", "hf", "--out", tmp_path / "out")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+    (run / "ckpt.pt").write_bytes((run / "ckpt.pt").read_bytes()[:-900])
+    cut = call(run, "--to", "hf", "--out", tmp_path / "other")
+    assert cut.returncode == 2 and cut.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
+
+
+def test_a_cut_off_export_is_refused(run, tmp_path):
+    export_to(run, tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="cut off or damaged") as e:
+        open_model(tmp_path / "out")
+    assert "\n" not in str(e.value)
+    weights.unlink()
+    with pytest.raises(ConfigError, match="there is no model.safetensors"):
+        open_model(tmp_path / "out")

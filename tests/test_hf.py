@@ -1,0 +1,276 @@
+"""Hugging Face's Llama on disk, in: the same loss and gradients, every strategy from the same function, refusals."""
+
+import json
+
+import pytest
+import torch
+
+from configurator import ConfigError, configure
+from data.tokens import BinWriter
+from export import arguments as export_arguments
+from export import main as export
+from export import open_model
+from folding import adopt, load, read_config, read_tensors
+from model import GPT, GPTConfig
+from norms import FORMS, ScaleVector
+from test_export import IDS, logits, save_run
+from train import Settings, gpt_config, load_checkpoint, main
+
+SHAPES = {
+    "plain": dict(),
+    "tied": dict(tie_word_embeddings=True),
+    "odd": dict(intermediate_size=61, vocab_size=301, num_hidden_layers=3),
+    "gqa": dict(num_key_value_heads=2, rms_norm_eps=1e-5),
+    "mqa, tied": dict(num_key_value_heads=1, tie_word_embeddings=True, intermediate_size=33),
+    "head_dim": dict(head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="compares with transformers' Llama")
+
+
+def save_llama(transformers, folder, seed=0, **kw):
+    """A small LlamaForCausalLM on disk, its matrices large and its γ away from 1."""
+    config = transformers.LlamaConfig(**{**dict(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, rms_norm_eps=1e-6, pad_token_id=None), **kw})
+    torch.manual_seed(seed)
+    llama = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for p in llama.parameters():
+            p.mul_(5) if p.ndim == 2 else p.add_(0.3 * torch.randn_like(p))
+    llama.save_pretrained(folder)
+    return llama
+
+
+def from_folder(folder, *flags):
+    """The GPT that train.py --init_from starts with."""
+    settings, _ = configure(Settings, [f"--init_from={folder}", *flags])
+    adopt(settings)
+    settings.block_size = 128
+    model = GPT(gpt_config(settings))
+    load(model, read_tensors(folder))
+    return model
+
+
+def their_names(model):
+    """Our parameter -> the name of theirs, written out a second time."""
+    yield model.wte, "model.embed_tokens.weight"
+    yield model.lm_head.v["lm_head" if model.config.heterogeneous else "shared"].gamma, "model.norm.weight"
+    if not model.config.tie_embeddings:
+        yield model.lm_head.weight["lm_head"], "lm_head.weight"
+    for i, block in enumerate(model.blocks):
+        p = f"model.layers.{i}."
+        yield block.attn.qkv.v["shared"].gamma, p + "input_layernorm.weight"
+        yield block.ffn.gate_up.v["shared"].gamma, p + "post_attention_layernorm.weight"
+        yield block.attn.o.weight, p + "self_attn.o_proj.weight"
+        yield block.ffn.down.weight, p + "mlp.down_proj.weight"
+        for c in "qkv":
+            yield block.attn.qkv.weight[c], f"{p}self_attn.{c}_proj.weight"
+        for c in ("gate", "up"):
+            yield block.ffn.gate_up.weight[c], f"{p}mlp.{c}_proj.weight"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_every_gradient_equal_llamas(shape, transformers, tmp_path):
+    llama = save_llama(transformers, tmp_path, **SHAPES[shape])
+    model = from_folder(tmp_path)
+    x = torch.randint(0, llama.config.vocab_size, (3, 65), generator=torch.Generator().manual_seed(1))
+    ours = model(x[:, :-1], x[:, 1:])[1]
+    ours.backward()
+    theirs = llama(x, labels=x).loss
+    theirs.backward()
+    assert abs(ours - theirs) < 1e-5
+    theirs = dict(llama.named_parameters())
+    pairs = list(their_names(model))
+    assert len(pairs) == len(list(model.parameters())) == len(theirs)
+    difference = {name: (p.grad - theirs[name].grad).abs().max().item() for p, name in pairs}
+    print(f"{shape}: loss {abs(ours.item() - llama(x, labels=x).loss.item()):.1g}, gradients "
+          f"{max(difference.values()):.2g} of up to {max(p.grad.abs().max() for p, _ in pairs):.2g}")
+    assert max(difference.values()) < 1e-5, max(difference, key=difference.get)
+    assert min(p.grad.abs().max() for p, _ in pairs) > 1e-4  # no gradient so small that nothing was compared
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("flags", [(), ("--heterogeneous=True",), ("--placement=dual",), ("--scale_vectors=False",)],
+                         ids=str)
+@pytest.mark.parametrize("shape", ["plain", "gqa"])
+def test_every_strategy_starts_from_llamas_function(shape, flags, form, transformers, tmp_path):
+    llama = save_llama(transformers, tmp_path, **SHAPES[shape])
+    model = from_folder(tmp_path, f"--reparam={form}", *flags)
+    with torch.no_grad():
+        assert (logits(model, IDS) - llama(IDS).logits).abs().max() < 1e-5
+    gammas = [module() for module in model.modules() if isinstance(module, ScaleVector) and module.role == "input"]
+    assert all((gamma - 1).abs().max() > 0.05 for gamma in gammas)  # theirs, not folded away
+    if form in ("or", "er"):
+        alphas = [module.alpha for module in model.modules() if isinstance(module, ScaleVector)]
+        assert all(abs(alpha.norm() - alpha.numel() ** 0.5) < 1e-3 for alpha in alphas)
+
+
+def test_there_and_back_again(transformers, tmp_path):
+    llama = save_llama(transformers, tmp_path / "llama", num_key_value_heads=2)
+    model, tokenizer = open_model(tmp_path / "llama")
+    assert tokenizer is None and (logits(model, IDS) - llama(IDS).logits).abs().max() < 1e-5
+    for to in ("hf", "nanoscale"):
+        with pytest.raises(ConfigError, match="its tokenizer is unknown"):
+            export(export_arguments([str(tmp_path / "llama"), "--to", to, "--out", str(tmp_path / "out")]))
+        assert not (tmp_path / "out").exists()
+
+
+def test_shards_and_half_precision_are_read(transformers, tmp_path):
+    save_llama(transformers, tmp_path / "whole").to(torch.bfloat16).save_pretrained(tmp_path / "shards",
+                                                                                    max_shard_size="20KB")
+    llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "shards", dtype=torch.float32)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    model = from_folder(tmp_path / "shards")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (logits(model, IDS) - llama(IDS).logits).abs().max() < 1e-5
+
+
+def test_configs_of_transformers_4_are_read(transformers, tmp_path):
+    save_llama(transformers, tmp_path)
+    path = tmp_path / "config.json"
+    there = json.loads(path.read_text())
+    for name in ("rope_parameters", "head_dim", "num_key_value_heads"):
+        del there[name]
+    path.write_text(json.dumps({**there, "rope_theta": 500000, "rope_scaling": None}))
+    config, _ = read_config(tmp_path)
+    assert (config.rope_theta, config.d_head, config.n_kv_head) == (500000.0, 8, 4)
+
+
+REFUSED = [
+    (dict(model_type="mistral"), "model_type is 'mistral'"),
+    (dict(attention_bias=True), "a bias in attention"),
+    (dict(mlp_bias=True), "a bias in the FFN"),
+    (dict(hidden_act="gelu"), "activation gelu"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "RoPE of type llama3"),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE of type linear"),
+    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "RoPE of type yarn"),
+    (dict(partial_rotary_factor=0.5), "RoPE on a part of each head"),
+    (dict(quantization_config={"bits": 4}), "quantised weights"),
+    (dict(hidden_size=None), "hidden_size must be an int"),
+    (dict(num_attention_heads=0), "num_attention_heads must be at least 1"),
+    (dict(num_key_value_heads=3), "not divisible by n_kv_head 3"),
+    (dict(head_dim=7), "a head's 7 are odd"),
+    (dict(intermediate_size=50), "has shape"),
+    (dict(num_hidden_layers=1), "nanoScale's models have no model.layers.1"),
+    (dict(num_hidden_layers=3), "there is no tensor blocks.2"),
+]
+
+
+@pytest.mark.parametrize("change,message", REFUSED, ids=[message for _, message in REFUSED])
+def test_what_cannot_be_represented_is_refused_in_one_line(change, message, transformers, tmp_path):
+    save_llama(transformers, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ConfigError, match=message) as e:
+        from_folder(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_key_and_a_bias_tensor_are_refused(transformers, tmp_path):
+    from safetensors.torch import load_file, save_file
+    save_llama(transformers, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    save_file({**load_file(weights), "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, weights)
+    with pytest.raises(ConfigError, match="have no model.layers.0.self_attn.q_proj.bias"):
+        from_folder(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "vocab_size"}))
+    with pytest.raises(ConfigError, match="'vocab_size' is missing"):
+        from_folder(tmp_path)
+
+
+def test_a_tied_llama_without_scale_vectors_is_refused(transformers, tmp_path):
+    save_llama(transformers, tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match="tied to the token table; keep scale_vectors=True"):
+        from_folder(tmp_path, "--scale_vectors=False")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# train.py --init_from
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tokens = (torch.arange(6000) * 7 % 97 + 1).to(torch.uint16).numpy()
+    for split in ("train", "val"):
+        with BinWriter(folder / f"{split}.bin") as out:
+            out.write(tokens)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 256}))
+    return folder
+
+
+def train(dataset, out, *flags):
+    settings, files = configure(Settings, [
+        f"--dataset={dataset}", f"--out_dir={out}", "--device=cpu", "--block_size=32", "--batch_tokens=64",
+        "--max_steps=2", "--eval_tokens=256", "--save_interval=1", "--warmup_steps=1", "--sample_tokens=0", *flags])
+    main(settings, files)
+    return load_checkpoint(out / "ckpt.pt")
+
+
+def first_val_loss(out):
+    return float((out / "log.csv").read_text().splitlines()[1].split(",")[3])
+
+
+def test_train_starts_from_a_llama_and_resumes_without_its_folder(dataset, transformers, tmp_path, capsys):
+    llama = save_llama(transformers, tmp_path / "llama", num_key_value_heads=2)
+    flags = [f"--init_from={tmp_path / 'llama'}", "--heterogeneous=True", "--reparam=or"]
+    ckpt = train(dataset, tmp_path / "whole", *flags)
+    assert (ckpt["settings"]["n_embd"], ckpt["settings"]["n_kv_head"]) == (32, 2)
+    x = (torch.arange(6000) * 7 % 97 + 1)[:257]
+    x = torch.stack([x[i * 32:i * 32 + 33] for i in range(8)])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(llama(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten())
+    assert abs(first_val_loss(tmp_path / "whole") - expected) < 1e-5
+    assert "trained without" not in capsys.readouterr().out
+
+    train(dataset, tmp_path / "parts", *flags, "--max_steps=1", "--schedule=constant")
+    (tmp_path / "llama").rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="n_layer 3 contradicts"):
+        train(dataset, tmp_path / "parts", *flags, "--schedule=constant", "--resume=True", "--n_layer=3")
+    resumed = train(dataset, tmp_path / "parts", *flags, "--schedule=constant", "--resume=True")
+    (tmp_path / "gone").rename(tmp_path / "llama")
+    whole = train(dataset, tmp_path / "whole again", *flags, "--schedule=constant")
+    assert all(torch.equal(x, whole["model"][name]) for name, x in resumed["model"].items())
+
+
+def test_train_goes_on_from_our_own_export(dataset, tmp_path):
+    shape = ["--n_layer=2", "--n_embd=32", "--block_size=32"]
+    save_run(tmp_path / "run", [*shape, "--placement=dual_norm", "--reparam=or"])
+    export(export_arguments([str(tmp_path / "run"), "--to", "nanoscale", "--out", str(tmp_path / "out")]))
+    (tmp_path / "ckpt").mkdir()
+    train(dataset, tmp_path / "a", f"--init_from={tmp_path / 'out'}", "--placement=dual_norm", "--heterogeneous=True")
+    reference, _ = open_model(tmp_path / "run")
+    x = (torch.arange(6000) * 7 % 97 + 1)[:257]
+    x = torch.stack([x[i * 32:i * 32 + 33] for i in range(8)])
+    with torch.no_grad():
+        assert abs(first_val_loss(tmp_path / "a") - reference(x[:, :-1], x[:, 1:])[1]) < 1e-5
+    with pytest.raises(ConfigError, match="attn_placement 'input' has none: set it to dual_norm or norm"):
+        train(dataset, tmp_path / "b", f"--init_from={tmp_path / 'out'}")
+    with pytest.raises(ConfigError, match="_scale has no place"):
+        train(dataset, tmp_path / "b", f"--init_from={tmp_path / 'out'}", "--placement=norm")
+    with pytest.raises(ConfigError, match="n_layer 3 contradicts .* which has 2; leave it out"):
+        train(dataset, tmp_path / "b", f"--init_from={tmp_path / 'out'}", "--placement=dual_norm", "--n_layer=3")
+    (dataset / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 256}))
+    with pytest.raises(ConfigError, match="knows tokens of 'bytes'"):
+        train(dataset, tmp_path / "b", f"--init_from={tmp_path / 'out'}", "--placement=dual_norm")
+    assert not (tmp_path / "b").exists()
+
+
+def test_norms_that_are_added_are_said(dataset, transformers, tmp_path, capsys):
+    save_llama(transformers, tmp_path / "llama")
+    train(dataset, tmp_path / "a", f"--init_from={tmp_path / 'llama'}", "--placement=dual_norm")
+    assert "attn_placement=dual_norm and ffn_placement=dual_norm: norms that" in capsys.readouterr().out
+
+
+def test_shape_in_a_dry_run(transformers, tmp_path, capsys):
+    llama = save_llama(transformers, tmp_path / "llama", num_key_value_heads=2)
+    main(configure(Settings, [f"--init_from={tmp_path / 'llama'}", "--dry_run=True"])[0])
+    assert f"params: {sum(p.numel() for p in llama.parameters())}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="there is no config.json"):
+        main(configure(Settings, [f"--init_from={tmp_path}", "--dry_run=True"])[0])

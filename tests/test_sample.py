@@ -1,0 +1,130 @@
+"""sample.py, and generation with the KV cache: the same tokens as without it, from a run and from both exports."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sample
+from configurator import ConfigError
+from conftest import ROOT
+from export import arguments as export_arguments
+from export import main as export
+from model import GPTConfig, KVCache
+from test_export import CASES, TINY, save_run, shaken
+
+SHAPE = dict(n_layer=2, n_embd=32, n_head=4, ffn_dim=40, block_size=16, vocab_size=64)
+MODELS = [dict(), dict(heterogeneous=True, placement="dual_norm", reparam="or"), dict(n_kv_head=2), dict(n_kv_head=1),
+          dict(arch="gemma"), dict(arch="gemma", n_kv_head=2, qkv_norm="full", placement="dual"), dict(d_head=6),
+          dict(tie_embeddings=True, scale_vectors=False), dict(block_size=1), dict(block_size=7)]
+
+
+def generate_without_cache(model, idx, n, pick):
+    """The definition: each token from a forward pass over the whole window, which drops its older half when full."""
+    size, tokens = model.config.block_size, []
+    window = idx[:, -size:]
+    for _ in range(n):
+        if window.size(1) > size:
+            window = window[:, -max(1, size // 2):]
+        with torch.no_grad():
+            new = pick(model(window)[0][:, -1])
+        tokens.append(new)
+        window = torch.cat((window, new), dim=1)
+    return torch.cat(tokens, dim=1)
+
+
+def prompt(B, T):
+    return torch.randint(0, 64, (B, T), generator=torch.Generator().manual_seed(T))
+
+
+@pytest.mark.parametrize("T", [1, 16, 40])
+@pytest.mark.parametrize("kw", MODELS, ids=str)
+def test_with_the_cache_as_without_it_token_for_token(kw, T):
+    model = shaken(GPTConfig(**{**SHAPE, **kw}))
+    cached = torch.cat(list(model.generate(prompt(3, T), 30, temperature=0)), dim=1)  # several windows long
+    assert torch.equal(cached, generate_without_cache(model, prompt(3, T), 30, lambda x: x.argmax(-1, keepdim=True)))
+    assert len(set(cached.flatten().tolist())) > 3  # no constant
+
+
+def test_sampling_with_the_cache_draws_the_same_tokens():
+    model = shaken(GPTConfig(**SHAPE))
+    generator = torch.Generator().manual_seed(3)
+
+    def pick(logits):
+        kth = logits.topk(5).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -float("inf"))
+        return torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator)
+
+    without = generate_without_cache(model, prompt(2, 4), 40, pick)
+    cached = model.generate(prompt(2, 4), 40, temperature=0.7, top_k=5, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.cat(list(cached), dim=1), without)
+
+
+def test_cached_logits_are_those_of_the_whole_sequence():
+    model = shaken(GPTConfig(**{**SHAPE, "n_kv_head": 2}))
+    idx = prompt(2, 12)
+    caches = [KVCache(model.config, 2, idx.device) for _ in model.blocks]
+    with torch.no_grad():
+        whole = model(idx)[0]
+        parts = [model(idx[:, :5], caches=caches)[0]] + [model(idx[:, i:i + 1], caches=caches)[0] for i in range(5, 12)]
+    assert (torch.cat(parts, dim=1) - whole[:, 4:]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="do not fit"):
+        model(idx[:, :5], caches=caches)
+
+
+def test_generating_leaves_the_model_as_it_was():
+    model = shaken(GPTConfig(**SHAPE))
+    steps = model.generate(prompt(1, 3), 5)
+    next(steps)
+    steps.close()  # as when a reader has enough: nothing may be kept, or training would go on with old weights
+    with torch.no_grad():
+        before = model(prompt(1, 3))[0]
+        for p in model.parameters():
+            p.mul_(1.5)
+    assert not torch.allclose(model(prompt(1, 3))[0], before)
+
+
+def text_of(args, capsys):
+    sample.main(sample.arguments([str(arg) for arg in args]))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["baseline", "unified", "gemma_wd_all", "unified-8"])
+def test_a_run_and_both_exports_write_the_same_text(case, tmp_path, capsys):
+    save_run(tmp_path / "run", [*TINY, *CASES[case]])
+    for to in ("hf", "nanoscale"):
+        export(export_arguments([str(tmp_path / "run"), "--to", to, "--out", str(tmp_path / to)]))
+    capsys.readouterr()
+    flags = ("--device", "cpu", "--prompt", "def é(", "--max_new_tokens", 60, "--temperature", 0)
+    texts = {text_of((tmp_path / folder, *flags), capsys) for folder in ("run", "hf", "nanoscale")}
+    assert len(texts) == 1 and texts.pop().startswith("def é(")
+
+
+def test_seed_samples_and_prompt_file(tmp_path, capsys):
+    save_run(tmp_path / "run", TINY)
+    flags = ("--device", "cpu", "--max_new_tokens", 30)
+    (tmp_path / "prompt.txt").write_bytes("class A:\r\n".encode())
+    from_file = text_of((tmp_path / "run", *flags, "--prompt_file", tmp_path / "prompt.txt"), capsys)
+    assert from_file == text_of((tmp_path / "run", *flags, "--prompt", "class A:\r\n"), capsys)
+    assert from_file != text_of((tmp_path / "run", *flags, "--prompt", "class A:\r\n", "--seed", 2), capsys)
+    two = text_of((tmp_path / "run", *flags, "--num_samples", 2), capsys)
+    first, second = two.split("--- sample 2 of 2\n")
+    assert first.startswith("--- sample 1 of 2\n") and first.split("\n", 1)[1] != second
+
+
+def test_wrong_usage_is_one_line(tmp_path):
+    save_run(tmp_path / "run", TINY)
+    for args, message in [((tmp_path / "none",), "there is no such folder"),
+                          ((tmp_path,), "neither an exported model nor a run"),
+                          ((tmp_path / "run", "--prompt_file", tmp_path / "none"), "cannot be read"),
+                          ((tmp_path / "run", "--device", "abacus"), "device must be")]:
+        with pytest.raises(ConfigError, match=message) as e:
+            sample.main(sample.arguments([str(arg) for arg in args]))
+        assert "\n" not in str(e.value)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path / "none"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    with pytest.raises(SystemExit):
+        sample.arguments(["x", "--prompt", "a", "--prompt_file", "b"])
+    with pytest.raises(SystemExit):
+        sample.arguments(["x", "--num_samples", "0"])
