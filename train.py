@@ -45,7 +45,7 @@ class Settings:
     final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head [R]
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, AdamW for the rest
-    lr: Amount = 4e-3  # peak learning rate
+    lr: Amount = 2e-3  # peak learning rate
     scale_lr_mult: Amount = 1.0  # times lr, for scale vectors
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
     min_lr_frac: Fraction = 0.1  # of lr, at the end
