@@ -311,7 +311,8 @@ def scale_rows(arm, cell):
     """The statistics of every γ at 12 evaluations at most."""
     rows = read_csv(cell.folder / "scales.csv")
     steps = set(thin(list(dict.fromkeys(row["step"] for row in rows)), 12))
-    return [{"arm": arm, **{k: v if k in ("step", "name", "role") else f"{float(v):.5g}" for k, v in row.items()}}
+    kept = ("step", "name", "role", "cosine")  # an angle of a degree is a cosine of 0.99985
+    return [{"arm": arm, **{k: v if k in kept else f"{float(v):.5g}" for k, v in row.items()}}
             for row in rows if row["step"] in steps]
 
 

@@ -1,8 +1,8 @@
 """
 Plots from the CSVs that ablate.py leaves, and from nothing else:
 
-    python plot.py out/ablate/buildup                      every plot its CSVs have data for, as PNG and SVG, beside them
-    python plot.py results/* --gamma=+HG                   the γ of this arm, not of the one with most scale vectors
+    python plot.py out/ablate/buildup          every plot its CSVs have data for, as PNG and SVG, beside them
+    python plot.py results/* --gamma=+HG       the γ of this arm, not of the one with most scale parameters
 
 ablation   each arm's difference to its reference with its interval, on the reference's noise
 curves     validation loss over tokens, and the paired difference over tokens
@@ -14,7 +14,6 @@ scaling    L = a + b C^(-c), where arms are named 'strategy at size'
 
 import math
 import re
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -45,11 +44,16 @@ def save(figure, folder, name):
     print(f"{folder}/{name}.png and .svg")
 
 
-def colours(arms):
-    """{arm: colour}: ink for an arm without reference, for the others one each."""
-    with_reference = [name for name, a in arms.items() if a["reference"]]
-    return {name: INK if name not in with_reference else COLOURS[with_reference.index(name) % len(COLOURS)]
-            for name in arms}
+def line_styles(arms):
+    """{arm: keywords of ax.plot}: an only reference in ink, one of several dashed in the colour of what has it."""
+    compared = [name for name, a in arms.items() if a["reference"]]
+    styles = {name: {"color": COLOURS[i % len(COLOURS)]} for i, name in enumerate(compared)}
+    references = [name for name in arms if name not in compared]
+    for name in references:
+        mine = [n for n in compared if arms[n]["reference"] == name]
+        styles[name] = {"color": styles[mine[0]]["color"], "dashes": (3, 1.5)} if mine and references[1:] else {
+            "color": INK}
+    return styles
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ def by_seed(curves, column="val_loss"):
 
 
 def plot_curves(folder, arms, curves, scales):
-    losses, colour = by_seed(curves), colours(arms)
+    losses, style = by_seed(curves), line_styles(arms)
     compared = [name for name, a in arms.items() if a["reference"] in losses and name in losses]
     figure = Figure(figsize=(WIDTH, 5.4 if compared else 3.2))
     axes = np.atleast_1d(figure.subplots(2 if compared else 1, 1, sharex=True))
@@ -105,8 +109,8 @@ def plot_curves(folder, arms, curves, scales):
     for name in (name for name in arms if name in losses):
         tokens, values = losses[name]
         mean = values.mean(0)
-        axes[0].plot(tokens, mean, color=colour[name], label=name)
-        axes[0].fill_between(tokens, values.min(0), values.max(0), color=colour[name], alpha=0.15, linewidth=0)
+        axes[0].plot(tokens, mean, **style[name], label=name)
+        axes[0].fill_between(tokens, values.min(0), values.max(0), color=style[name]["color"], alpha=0.15, linewidth=0)
         # from a fifth of the run on: the fall from log(vocabulary) would flatten all that differs
         top = max(top, np.interp(tokens[-1] / 5, tokens, mean))
     axes[0].set_ylim(top=top)
@@ -115,11 +119,11 @@ def plot_curves(folder, arms, curves, scales):
     for name in compared:
         tokens, here, there = common(losses[name], losses[arms[name]["reference"]])
         difference = here - there
-        axes[1].plot(tokens, difference.mean(0), color=colour[name])
+        axes[1].plot(tokens, difference.mean(0), **style[name])
         if len(difference) > 1:
             sd = difference.std(0, ddof=1)
-            axes[1].fill_between(tokens, difference.mean(0) - sd, difference.mean(0) + sd, color=colour[name],
-                                 alpha=0.15, linewidth=0)
+            axes[1].fill_between(tokens, difference.mean(0) - sd, difference.mean(0) + sd,
+                                 color=style[name]["color"], alpha=0.15, linewidth=0)
     if compared:
         axes[1].axhline(0, color=INK, linewidth=0.8)
         last = [abs(np.subtract(*common(losses[n], losses[arms[n]["reference"]])[1:]).mean(0)[-1]) for n in compared]
@@ -164,7 +168,7 @@ def saving(arm, reference):
 
 
 def plot_tokens(folder, arms, curves, scales):
-    losses, colour = by_seed(curves), colours(arms)
+    losses, style = by_seed(curves), line_styles(arms)
     compared = [name for name, a in arms.items() if a["reference"] in losses and name in losses and not a["same"]]
     if not compared:
         return
@@ -173,15 +177,15 @@ def plot_tokens(folder, arms, curves, scales):
     ends = []
     for name in dict.fromkeys(arms[n]["reference"] for n in compared):
         tokens, values = losses[name]
-        ax.plot(tokens, values.mean(0), color=INK, label=name)
-        ax.axhline(values.mean(0)[-1], color=INK, linewidth=0.6, linestyle=":")
+        ax.plot(tokens, values.mean(0), **style[name], label=name)
+        ax.axhline(values.mean(0)[-1], color=style[name]["color"], linewidth=0.6, linestyle=":")
     for name in compared:
         tokens, values = losses[name]
         factor, level, reached = saving(losses[name], losses[arms[name]["reference"]])
         word = f"{factor:.2f}× fewer" if factor >= 1 else f"{1 / factor:.2f}× more"
-        ax.plot(tokens, values.mean(0), color=colour[name], label=f"{name}: {word}")
+        ax.plot(tokens, values.mean(0), **style[name], label=f"{name}: {word}")
         if factor >= 1:
-            ax.plot(reached, level, "o", color=colour[name])
+            ax.plot(reached, level, "o", color=style[name]["color"])
         ends += [values.mean(0)[-1], level, np.interp(tokens[-1] * 0.6, tokens, values.mean(0))]
     margin = 0.1 * (max(ends) - min(ends))
     ax.set_ylim(min(ends) - margin, max(ends) + margin)
@@ -233,7 +237,8 @@ def plot_gammas(folder, arm, series):
             if i == 0:
                 axes[i, j].set_title(f"layer {layer}")
         axes[i, 0].set_ylabel(SITES.get(site, site))
-        axes[i, -1].legend(loc="best", handlelength=1)
+        if axes[i, -1].lines:
+            axes[i, -1].legend(loc="best", handlelength=1)
     if others:
         for ax in axes[-1, 1:]:
             ax.set_visible(False)
@@ -295,7 +300,7 @@ def fit_power_law(compute, loss):
 
 
 def compute_ratio(reference, arm, at):
-    """How many times the compute `at` a reference with fit (a, b, c) needs for the arm's loss; nan if none is enough."""
+    """How many times `at` a reference of fit (a, b, c) needs for the arm's loss there; nan if no compute is enough."""
     a, b, c = reference
     level = arm[0] + arm[1] * at ** -arm[2] - a
     return (level / b) ** (-1 / c) / at if level / b > 0 else math.nan
@@ -332,7 +337,7 @@ def plot_scaling(folder, arms, curves, scales):
     ax.set_xscale("log")
     ax.set_xlabel("training compute C, FLOPs")
     ax.set_ylabel("validation loss, nats")
-    ax.set_title(f"L = a + b C^(−c); the ratio at the largest C, its interval over fits to single seeds", loc="left")
+    ax.set_title("L = a + b C^(−c); the ratio at the largest C, its interval over fits to single seeds", loc="left")
     figure.legend(loc="outside lower center", ncols=1)
     save(figure, folder, "scaling")
 

@@ -161,9 +161,10 @@ def test_the_gap_is_conserved(heterogeneous, dt=1e-3, steps=1000):
     loss, h = regression(b)
 
     def squares():
+        w = [b.weight[c].square().sum(0) for c in N_OUT]
         if heterogeneous:
-            return torch.stack([torch.stack((b.v[c]().square(), b.weight[c].square().sum(0))) for c in N_OUT], 1).detach()
-        return torch.stack((b.v["shared"]().square(), sum(w.square().sum(0) for w in b.weight.values()))).detach()
+            return torch.stack((torch.stack([b.v[c]().square() for c in N_OUT]), torch.stack(w))).detach()
+        return torch.stack((b.v["shared"]().square(), sum(w))).detach()
 
     start = squares()
     optimizer = torch.optim.SGD(b.parameters(), lr=dt)
