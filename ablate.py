@@ -296,7 +296,8 @@ def curve_rows(arm, cell):
     """A row for an evaluation: the losses, train_loss the mean of what was logged since the one before."""
     rows, since = [], []
     for row in read_csv(cell.folder / "log.csv"):
-        if row["train_loss"]:
+        # a stopped run logs its last step too, which an uninterrupted one has not
+        if row["train_loss"] and (int(row["step"]) % cell.settings.log_interval == 0 or row["val_loss"]):
             since.append(float(row["train_loss"]))
         if row["val_loss"]:
             rows.append({"arm": arm, "lr": cell.settings.lr, "seed": cell.settings.seed, "step": row["step"],
@@ -310,7 +311,8 @@ def scale_rows(arm, cell):
     """The statistics of every γ at 12 evaluations at most."""
     rows = read_csv(cell.folder / "scales.csv")
     steps = set(thin(list(dict.fromkeys(row["step"] for row in rows)), 12))
-    return [{"arm": arm, **{k: v if k in ("step", "name", "role") else f"{float(v):.5g}" for k, v in row.items()}}
+    kept = ("step", "name", "role", "cosine")  # an angle of a degree is a cosine of 0.99985
+    return [{"arm": arm, **{k: v if k in kept else f"{float(v):.5g}" for k, v in row.items()}}
             for row in rows if row["step"] in steps]
 
 
@@ -345,7 +347,7 @@ class Runner:
         return [sys.executable, *(launcher if self.opt.nproc > 1 else []), str(HERE / "train.py"), *flags]
 
     def start(self, cell):
-        """Start a cell; False where another process has it."""
+        """Start a cell, or tidy up behind a finished one; False where another process has it."""
         cell.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(cell.folder / "lock", os.O_RDWR | os.O_CREAT)
         try:
@@ -353,6 +355,10 @@ class Runner:
         except BlockingIOError:
             os.close(lock)
             return False
+        if val_loss(cell) is not None:
+            self.drop_checkpoint(cell)
+            os.close(lock)
+            return True
         slot = self.free.pop(0)
         env = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
         if self.gpus:
@@ -365,6 +371,11 @@ class Runner:
         self.running[cell.folder] = (cell, process, slot, lock)
         return True
 
+    def drop_checkpoint(self, cell):
+        """The logs are what is kept of a finished cell: checkpoints of hundreds would fill the disk."""
+        for name in ("ckpt.pt", "ckpt.pt.tmp"):
+            (cell.folder / name).unlink(missing_ok=True)
+
     def collect(self, cell, process, slot, lock):
         """Put down how a cell ended: its loss, its divergence, or that it failed and why."""
         loss = val_loss(cell)
@@ -374,7 +385,7 @@ class Runner:
             write_whole(cell.folder / "diverged.txt", diverged[1] + "\n")
             loss = math.inf
         if loss is not None:
-            (cell.folder / "ckpt.pt").unlink(missing_ok=True)  # the logs are what is kept of a cell
+            self.drop_checkpoint(cell)
         elif not self.signal:
             lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
             self.failed.append(f"{cell.folder}: {lines[-1]}")
@@ -383,15 +394,20 @@ class Runner:
         os.close(lock)
         return loss
 
+    def done(self, unfinished):
+        """FLOPs behind us, given the cells that are not finished."""
+        left = sum(cell.flops * (1 - step_of(cell) / cell.settings.max_steps) for cell in unfinished)
+        return sum(cell.flops for cell in self.cells) - left
+
     def run(self, report):
         """Run what is not finished; report(write, cell, loss, seconds left) is called behind each cell that ends."""
         signals = []
         old = {sig: signal.signal(sig, lambda signum, frame: signals.append(signum))
                for sig in (signal.SIGINT, signal.SIGTERM)}
-        waiting = [cell for cell in self.cells if val_loss(cell) is None]
-        total = sum(cell.flops for cell in self.cells)
-        begun = sum(cell.flops * step_of(cell) / cell.settings.max_steps for cell in waiting)
-        before = total - sum(cell.flops for cell in waiting) + begun
+        # one that is finished but has a checkpoint is still being saved, by a process whose ablate.py was killed,
+        # or was when all were killed: the lock tells which
+        waiting = [c for c in self.cells if val_loss(c) is None or (c.folder / "ckpt.pt").exists()]
+        total, before = sum(cell.flops for cell in self.cells), self.done(waiting)
         started, told = time.monotonic(), 0
         bar = tqdm(total=total, initial=before, disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0,
                    bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left")
@@ -400,7 +416,7 @@ class Runner:
                 for cell in list(waiting):
                     if not self.free or self.signal:
                         break
-                    if val_loss(cell) is not None or self.start(cell):  # finished meanwhile by another ablate.py
+                    if self.start(cell):
                         waiting.remove(cell)
                 time.sleep(0.2)
                 for self.signal in signals[told:]:
@@ -408,8 +424,7 @@ class Runner:
                     for _, process, _, _ in self.running.values():
                         # the first lets train.py save; torchrun passes it on, so it must not go to the whole group
                         process.terminate() if told == 1 else os.killpg(process.pid, signal.SIGKILL)
-                done = total - sum(cell.flops * (1 - step_of(cell) / cell.settings.max_steps)
-                                   for cell in waiting + [cell for cell, *_ in self.running.values()])
+                done = self.done(waiting + [cell for cell, *_ in self.running.values()])
                 bar.set_description(f"{len(self.cells) - len(waiting) - len(self.running)}/{len(self.cells)} cells ",
                                     refresh=False)
                 bar.update(max(0, done - bar.n))
@@ -436,7 +451,8 @@ def t_975(df):
     """The 97.5% point of Student's t with df degrees of freedom, to three digits: half a 95% interval."""
     first = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
     z = 1.959964
-    series = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)  # Abramowitz, Stegun 26.7.5
+    series = (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+              + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))  # Abramowitz and Stegun 26.7.5
     return first[df - 1] if df <= len(first) else series
 
 
@@ -503,8 +519,10 @@ def markdown_table(arms):
 
 def report_text(rows, arm_names, command):
     """results.md: the tables, what does not count and why, and what was run on what."""
+    if not rows:
+        return "No cell is finished yet.\n"
     arms = summarise(rows)
-    lines = ["# " + (rows[0]["suite"] if rows else "No cell is finished yet"), ""]
+    lines = ["# " + rows[0]["suite"], ""]
     lines += markdown_table(arms)
     if any(a["edge"] for a in arms.values()):
         lines += ["", "\\* the best learning rate is the last of its grid: a better one may lie beyond."]
