@@ -37,7 +37,8 @@ from tqdm import tqdm
 from configurator import ConfigError, Count, check, configure, help_text, read_flag, refuse
 from data.tokens import DataError, Tokens, data_folder
 from model import GPT
-from train import Settings, batch_plan, git_commit, gpt_config, versions, write_whole
+from runs import versions, write_whole
+from train import Settings, batch_plan, gpt_config
 
 HERE = Path(__file__).resolve().parent
 CELLS = Path("out/ablate/cells")

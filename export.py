@@ -40,7 +40,8 @@ def open_model(path):
     """
     from folding import load, read_config, read_tensors
     from model import GPT
-    from train import Settings, gpt_config, load_checkpoint
+    from runs import load_checkpoint
+    from train import Settings, gpt_config
 
     path = Path(path)
     if not path.is_dir():

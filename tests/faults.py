@@ -23,8 +23,8 @@ import torch
 
 from conftest import ROOT  # puts the project on sys.path
 from data.tokens import BinWriter
+from runs import load_checkpoint
 from tqdm import tqdm
-from train import load_checkpoint
 
 
 def command(out, data, steps):

@@ -92,14 +92,14 @@ def test_writer_refuses_more_than_the_header_can_count(tmp_path):
 
 def test_killed_writer_leaves_nothing_that_counts_as_data(tmp_path):
     path = write(tmp_path / "train.bin", np.arange(50))
-    code = f'''
+    code = f"""
 import os, signal
 from data.tokens import BinWriter
 with BinWriter({str(path)!r}) as out:
     out.write(range(1000))
     out.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-'''
+"""
     killed = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent)
     assert killed.returncode == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 2  # what it left …

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import worlds
 from conftest import ROOT
-from train import load_checkpoint, main
+from runs import load_checkpoint
+from train import main
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STRATEGIES = ["baseline", "unified"]

@@ -20,7 +20,8 @@ from export import arguments, byte_symbols, main, open_model, write_tokenizer
 from folding import fold, load, read_tensors
 from model import GPT, GPTConfig
 from norms import FORMS, ScaleVector
-from train import Settings, checksum, gpt_config, save_checkpoint
+from runs import checksum, save_checkpoint
+from train import Settings, gpt_config
 
 TEXT = (ROOT / "model.py").read_text(encoding="utf-8")[:200] + " café γ ⊙ 你好 \n"
 TINY = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--ffn_dim=45", "--block_size=128"]

@@ -6,7 +6,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ import torch
 import faults
 from configurator import ConfigError
 from conftest import snapshot
-from train import LOG_COLUMNS, CSVLog, load_checkpoint, main
+from runs import CSVLog, load_checkpoint
+from train import LOG_COLUMNS, main
 
 
 def test_killed_runs_end_as_an_undisturbed_one(tmp_path):

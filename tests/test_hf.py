@@ -11,10 +11,11 @@ from export import arguments as export_arguments
 from export import main as export
 from export import open_model
 from folding import adopt, load, read_config, read_tensors
-from model import GPT, GPTConfig
+from model import GPT
 from norms import FORMS, ScaleVector
 from test_export import IDS, logits, save_run
-from train import Settings, gpt_config, load_checkpoint, main
+from runs import load_checkpoint
+from train import Settings, gpt_config, main
 
 SHAPES = {
     "plain": dict(),

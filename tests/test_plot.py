@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import plot
-from ablate import summarise, write_csv
+from ablate import write_csv
 from conftest import ROOT
 from configurator import ConfigError
 

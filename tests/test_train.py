@@ -19,7 +19,8 @@ from configurator import ConfigError, configure
 from conftest import ROOT, snapshot
 from data.tokens import BinWriter, DataError
 from norms import ScaleVector
-from train import Diverged, Settings, batch_plan, load_checkpoint, main
+from runs import load_checkpoint
+from train import Diverged, Settings, batch_plan, main
 
 UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
 
