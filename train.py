@@ -230,7 +230,8 @@ def main(s, config_files=()):
     claim_out_dir(s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    owns_group = world > 1 and not dist.is_initialized()  # a caller that trains several models keeps its own
+    distributed = "RANK" in os.environ  # torchrun's doing
+    owns_group = distributed and not dist.is_initialized()  # a caller that trains several models keeps its own
     if owns_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     master = rank == 0  # prints and writes; the others only compute
@@ -240,7 +241,7 @@ def main(s, config_files=()):
     if s.dataset == "pysrc" and not (folder / "meta.json").exists() and master:
         from data.pysrc.prepare import prepare
         prepare()
-    if world > 1:
+    if distributed:
         dist.barrier()
     train_data = Tokens(folder, "train", s.block_size, s.vocab_size, s.seed)
     val_data = Tokens(folder, "val", s.block_size, s.vocab_size)
@@ -259,7 +260,7 @@ def main(s, config_files=()):
             raise ConfigError(f"init_from {s.init_from}: {e}") from None
     raw_model.to(device)
     groups = param_groups(raw_model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult)
-    optimizers = make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and world > 1)
+    optimizers = make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and distributed)
 
     out = Path(s.out_dir)
     step = 0
@@ -283,7 +284,7 @@ def main(s, config_files=()):
 
     model = torch.compile(raw_model) if (s.compile if s.compile != "auto" else device.type == "cuda") else raw_model
     ddp_model = model
-    if world > 1:
+    if distributed:
         ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     counts = raw_model.counts()
@@ -354,7 +355,7 @@ def main(s, config_files=()):
                 first = step * (share * world) + rank * share + i * micro
                 x, y = to_device(train_data.batch(first, micro), device)
                 # gradients are averaged over processes once, behind the last micro-batch
-                with ddp_model.no_sync() if world > 1 and i < n_micro - 1 else contextlib.nullcontext():
+                with ddp_model.no_sync() if distributed and i < n_micro - 1 else contextlib.nullcontext():
                     loss = ddp_model(x, y)[1] / n_micro
                     loss.backward()
                 loss_sum += loss.detach()
@@ -362,7 +363,7 @@ def main(s, config_files=()):
             # The one place where the CPU waits for the device. It costs the launch of the next step's first kernels
             # and buys that no optimizer step ever runs on a NaN.
             status = torch.stack((loss_sum / world, norm / world, norm.new_tensor(float(stop_signal))))
-            if world > 1:
+            if distributed:
                 dist.all_reduce(status)
             train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
             if not (math.isfinite(train_loss) and math.isfinite(norm)):

@@ -1,0 +1,48 @@
+"""What only a GPU can show: bf16, torch.compile and NCCL in the real loop."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import faults
+from conftest import ROOT
+from test_train import UNIFIED, equal, log, stop_at, weights
+from train import main
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+GPU = dict(device="cuda", dtype="bfloat16", compile=True)
+
+
+def test_bf16_compiled_follows_fp32(settings, tmp_path):
+    exact = settings(device="cuda", dtype="float32", compile=False, max_steps=30, **UNIFIED)
+    fast = settings(max_steps=30, out_dir=str(tmp_path / "fast"), **GPU, **UNIFIED)
+    main(exact)
+    main(fast)
+    a, b = ([float(v) for v in log(s).values()] for s in (exact, fast))
+    assert max(abs(x - y) for x, y in zip(a, b)) < 0.02
+
+
+def test_resuming_in_bf16_with_compile_is_bit_for_bit(settings, tmp_path, monkeypatch):
+    whole = settings(**GPU, **UNIFIED)
+    main(whole)
+    parts = settings(out_dir=str(tmp_path / "parts"), **GPU, **UNIFIED)
+    with monkeypatch.context() as m:
+        stop_at(m, 4)
+        with pytest.raises(SystemExit):
+            main(parts)
+    parts.resume = True
+    main(parts)
+    assert log(parts) == log(whole) and equal(weights(parts), weights(whole))
+
+
+def test_nccl_on_one_gpu(settings, tmp_path):
+    alone = settings(**GPU)
+    main(alone)
+    s = settings(out_dir=str(tmp_path / "nccl"), shard_optimizer=True, **GPU)
+    flags = [f"--{name}={value}" for name, value in vars(s).items()]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+                    str(ROOT / "train.py"), *flags], check=True)
+    assert faults.outcome(Path(s.out_dir))[1] == faults.outcome(Path(alone.out_dir))[1]
