@@ -172,8 +172,8 @@ def test_what_is_folded_is_gone(exports):
 
 def test_folding_is_exact_and_leaves_the_model_alone():
     for arch in ("llama", "gemma"):
-        model = shaken(GPTConfig(arch=arch, n_layer=2, n_embd=32, n_kv_head=2, heterogeneous=True, placement="dual_norm",
-                                 reparam="er", dtype="float64")).double()
+        model = shaken(GPTConfig(arch=arch, n_layer=2, n_embd=32, n_kv_head=2, heterogeneous=True,
+                                 placement="dual_norm", reparam="er", dtype="float64")).double()
         before = {name: x.clone() for name, x in model.state_dict().items()}
         config, tensors = fold(model)
         again = GPT(replace(config, dtype="float64"))
