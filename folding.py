@@ -53,7 +53,8 @@ def fold(model):
         t[p + "attn.o"] = attn.o.weight.double()
         if "v" in u:  # attention mixes tokens, not channels; each head of v serves n_head / n_kv_head heads of o
             u_v = u.pop("v").double().view(config.n_kv_head, config.d_head)
-            t[p + "attn.o"] = t[p + "attn.o"] * u_v.repeat_interleave(config.n_head // config.n_kv_head, dim=0).flatten()
+            u_v = u_v.repeat_interleave(config.n_head // config.n_kv_head, dim=0)
+            t[p + "attn.o"] = t[p + "attn.o"] * u_v.flatten()
         t.update({f"{p}attn.{c}_scale": u_c for c, u_c in u.items()})
         if attn.qk_norm and attn.q_scale is not None:
             t[p + "attn.q_scale"], t[p + "attn.k_scale"] = attn.q_scale(), attn.k_scale()

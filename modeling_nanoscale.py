@@ -28,7 +28,8 @@ class NanoScaleConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
-        self.max_position_embeddings, self.rope_theta, self.rms_norm_eps = max_position_embeddings, rope_theta, rms_norm_eps
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta, self.rms_norm_eps = rope_theta, rms_norm_eps
         self.arch, self.attn_placement, self.ffn_placement = arch, attn_placement, ffn_placement
         self.qkv_norm, self.scale_vectors = qkv_norm, scale_vectors
         self.initializer_range, self.use_cache = initializer_range, use_cache
@@ -36,7 +37,7 @@ class NanoScaleConfig(PretrainedConfig):
 
 
 class Norm(nn.Module):
-    """γ ⊙ x / sqrt(mean(x²) + ε), the mean over each `group` of channels, in fp32; γ has n channels, or there is none."""
+    """γ ⊙ x / sqrt(mean(x²) + ε), the mean over each `group` of channels, in fp32; γ has n channels, none if n is 0."""
 
     def __init__(self, n, group, eps):
         super().__init__()
