@@ -38,10 +38,15 @@ def versions():
     return {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-def differing(there, here, free=frozenset()):
-    """'lr 0.001 (here 0.002)' for each setting of a run on disk that is another here."""
-    names = [name for name in here if name not in free | {"out_dir", "resume"} and there.get(name) != here[name]]
-    return ", ".join(f"{name} {there.get(name)!r} (here {here[name]!r})" for name in names)
+def differing(there, s, free=frozenset()):
+    """
+    'lr 0.001 (here 0.002)' for each setting of a run on disk that is another in s; '' where there is none.
+
+    there: the run's settings, a dict. A setting that it does not know was added since, and had its default then.
+    """
+    here, there = asdict(s), {**asdict(type(s)()), **there}
+    names = [name for name in here if name not in free | {"out_dir", "resume"} and there[name] != here[name]]
+    return ", ".join(f"{name} {there[name]!r} (here {here[name]!r})" for name in names)
 
 
 def claim_out_dir(s):
@@ -63,7 +68,7 @@ def claim_out_dir(s):
             there = json.loads(config.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{config} is not a run's; name another --out_dir") from None
-        if changed := differing(there, asdict(s)):
+        if changed := differing(there, s):
             raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir")
         if ckpt.exists():
             raise ConfigError(f"{out} holds this run already: go on with --resume=True, or name another --out_dir")

@@ -266,7 +266,7 @@ def main(s, config_files=()):
     step = 0
     if s.resume:
         ckpt = load_checkpoint(out / "ckpt.pt")
-        if changed := differing(ckpt["settings"], asdict(s), FREE_ON_RESUME):
+        if changed := differing(ckpt["settings"], s, FREE_ON_RESUME):
             raise ConfigError(f"{out}/ckpt.pt has other settings: {changed}. Resume with the same ones")
         if ckpt["data"] != fingerprint:
             raise ConfigError(f"{folder} is not the data that {out}/ckpt.pt was trained on: its content differs")

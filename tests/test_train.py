@@ -240,6 +240,20 @@ def test_a_folder_with_a_run_is_not_touched(settings, change, message):
     assert snapshot(settings().out_dir) == before
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(settings):
+    s = settings()
+    main(s)
+    path = Path(s.out_dir) / "ckpt.pt"
+    ckpt = torch.load(path, weights_only=True)
+    del ckpt["settings"]["qkv_norm"]
+    torch.save(ckpt, path)
+    s.resume, s.max_steps = True, 10
+    main(s)
+    s.qkv_norm, s.max_steps = "full", 12
+    with pytest.raises(ConfigError, match="qkv_norm 'head' .here 'full'."):
+        main(s)
+
+
 def test_foreign_folders_are_not_touched(settings, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "a").mkdir()
