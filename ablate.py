@@ -542,7 +542,7 @@ def report_text(rows, arm_names, command):
         if losses[1:]:
             lines.append(f"- {name} against itself: standard deviation {statistics.stdev(losses):.4f} over "
                          f"{len(losses)} seeds, so sets of {len(losses)} differ by up to "
-                         f"±{arms[others[0]]['noise']:.4f}. Compared with it: {', '.join(others)}.")
+                         f"±{arms[others[0]]['noise']:.4f}. Compared with it: {'; '.join(others)}.")
         else:
             lines.append(f"- {name} has one seed, so nothing is known of the noise and no difference is called real.")
     if len({row["lr"] for row in rows}) == 1:

@@ -1,6 +1,7 @@
 """ablate.py: which cells there are, what is called real, and that nothing is lost."""
 
 import csv
+import fcntl
 import math
 import signal
 import subprocess
@@ -209,11 +210,13 @@ def test_killed_twice_and_resumed_gives_the_same_table(tiny, capsys):
         process = start(*args)
         wait_for(lambda: ablate.step_of(cell) > before + 10)
         process.send_signal(kill)
-        output = process.communicate(timeout=60)[0]  # the cell that SIGKILL orphaned goes on, its lock held
+        output = process.communicate(timeout=60)[0]
         assert ablate.val_loss(cell) is None, "it was over before it was killed"
         if kill == signal.SIGTERM:
             assert process.returncode == 128 + kill and "the same command goes on:\n  python ablate.py" in output
             assert (cell.folder / "ckpt.pt").exists()
+    with open(cell.folder / "lock") as lock, pytest.raises(BlockingIOError):  # the orphan goes on and holds it
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert ablate.main(args) == 0
     assert not (cell.folder / "ckpt.pt").exists()
     resumed = tables("out/ablate/unified")
