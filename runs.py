@@ -29,7 +29,7 @@ def git_commit():
     here = Path(__file__).parent
     try:
         run = lambda *args: subprocess.run(("git", *args), cwd=here, capture_output=True, text=True, check=True).stdout
-        return run("rev-parse", "HEAD").strip() + (" with changes" if run("status", "--porcelain").strip() else "")
+        return run("rev-parse", "HEAD").strip() + (" with changes" if run("status", "--porcelain", "--untracked-files=no").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
