@@ -26,12 +26,19 @@ from model import GPTConfig
 NORMED = ("norm", "dual_norm")  # placements that put a norm behind the linear map
 
 
+def refuse_mixture(model):
+    if model.config.n_experts:
+        raise ConfigError("a mixture of experts has no folded form here: it can be neither exported nor started from "
+                          "a folder of weights")
+
+
 @torch.no_grad()
 def fold(model):
     """
     The folded model of a GPT: (GPTConfig, tensors), products in fp64, rounded once to fp32. It computes the same
     function. A tied LM head with a scale vector before it gets a matrix of its own.
     """
+    refuse_mixture(model)
     config, t = model.config, {"wte": model.wte}
 
     def branches_into(t, prefix, branches):
@@ -85,6 +92,7 @@ def load(model, tensors):
     and the γ of a Pre-Norm goes into the weights where there are none. So it computes the same function, if it has
     the same norms. Raises ConfigError where tensors are missing, of another shape, or have no place in the model.
     """
+    refuse_mixture(model)
     left = dict(tensors)
 
     def take(name, shape, optional=False):

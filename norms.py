@@ -31,6 +31,8 @@ class ScaleVector(nn.Module):
     """
     A scale vector γ, 1 everywhere at initialisation. Calling it returns γ, (n,) in the parameters' dtype.
 
+    stack: 0, or the number of experts that have a vector each: γ is then (stack, n), and every row is a vector of its
+        own, with its own direction α and magnitude β.
     role: 'input' when what it scales goes straight into linear maps, 'output' otherwise. The optimizer reads it:
         decay helps the first and hurts the second (paper, section on weight decay).
     form: how γ is parameterised. α ∈ Rⁿ and β is a scalar.
@@ -43,18 +45,19 @@ class ScaleVector(nn.Module):
         reconstruction.
     """
 
-    def __init__(self, n, role, form="direct"):
+    def __init__(self, n, role, form="direct", stack=0):
         super().__init__()
         if role not in ("input", "output") or form not in FORMS:
             raise ValueError(f"no scale vector has role {role!r} and form {form!r}; forms: {', '.join(FORMS)}")
-        self.n, self.role, self.form = n, role, form
+        self.n, self.role, self.form, self.stack = n, role, form, stack
+        shape = (stack, n) if stack else (n,)
         if form == "direct":
-            self.gamma = nn.Parameter(torch.empty(n))
+            self.gamma = nn.Parameter(torch.empty(shape))
         elif form == "zero_centred":
-            self.w = nn.Parameter(torch.empty(n))
+            self.w = nn.Parameter(torch.empty(shape))
         else:
-            self.beta = nn.Parameter(torch.empty(()))
-            self.alpha = nn.Parameter(torch.empty(n))
+            self.beta = nn.Parameter(torch.empty((stack, 1) if stack else ()))
+            self.alpha = nn.Parameter(torch.empty(shape))
         self.reset()
 
     @torch.no_grad()
@@ -64,7 +67,7 @@ class ScaleVector(nn.Module):
 
     @torch.no_grad()
     def set(self, gamma):
-        """Make γ what is given, (n,); or's and er's α then has the length of a fresh one, √n. Raises ValueError."""
+        """Make γ what is given, of γ's shape; or's and er's α then has the length of a fresh one, √n. Raises ValueError."""
         if self.form == "direct":
             self.gamma.copy_(gamma)
         elif self.form == "zero_centred":
@@ -73,10 +76,10 @@ class ScaleVector(nn.Module):
             self.beta.fill_(1.0)
             self.alpha.copy_(gamma)
         else:
-            size = gamma.double().square().mean().sqrt()
-            if not size > 0:
+            size = gamma.double().square().mean(-1, keepdim=True).sqrt()  # (1,) or (stack, 1)
+            if not (size > 0).all():
                 raise ValueError(f"{self.form} cannot represent a γ of zeros: its α has no direction")
-            self.beta.copy_(size.log() if self.form == "er" else size)
+            self.beta.copy_((size.log() if self.form == "er" else size).view_as(self.beta))
             self.alpha.copy_(gamma.double() / size)
 
     def decays(self, name):
@@ -91,19 +94,21 @@ class ScaleVector(nn.Module):
         if self.form == "product":
             return self.beta * self.alpha
         magnitude = self.beta if self.form == "or" else self.beta.exp()
-        return magnitude * math.sqrt(self.n) * self.alpha / torch.linalg.vector_norm(self.alpha)
+        return magnitude * math.sqrt(self.n) * self.alpha / torch.linalg.vector_norm(self.alpha, dim=-1, keepdim=True)
 
     def extra_repr(self):
-        return f"{self.n}, role={self.role}, form={self.form}"
+        return f"{self.n}, role={self.role}, form={self.form}" + (f", stack={self.stack}" if self.stack else "")
 
 
-def output_norm(y, scale, group, eps):
+def output_norm(y, scale, group, eps, route=None):
     """
     γ ⊙ N(y), the mean taken over each `group` of channels: a head, or all of them.
 
     y: (..., n). scale: None, or a ScaleVector of n channels or of one group's, which all groups then share.
+    route: as in Branches, where scale is a stack.
     """
-    gamma = None if scale is None else scale().view(-1, group)
+    gamma = None if scale is None else scale() if route is None else route.rows(scale())
+    gamma = None if gamma is None else gamma.unflatten(-1, (-1, group))
     return rms_norm(y.unflatten(-1, (-1, group)), eps, gamma).flatten(-2)
 
 
@@ -115,8 +120,10 @@ class Branches(nn.Module):
     placement: 'input', 'dual', 'dual_norm' or 'norm' (this file's head). heterogeneous: v_c for each branch, else
     one v for all. form: of every scale vector. scale_vectors: False fixes all of them to 1. role: of v.
     group: channels that dual_norm's and norm's N covers, such as a head's; by default the branch's whole width.
+    stack: 0, or a number of experts. Each branch is then a stack of matrices, (stack, n_out, n_in), with a u_c for each
+    expert; v_c is shared by the experts, or stacked too where heterogeneous and own_v are set.
 
-    Each branch keeps a 2-D weight of its own, (n_out, n_in), since initialisation and Muon act on matrices.
+    Each branch keeps a weight of its own, (n_out, n_in), since initialisation and Muon act on matrices.
     `folded` says which of two equal ways computes the outputs. True scales the weights and is how it runs; False
     scales the activations, as the paper writes it, and is there to be compared with.
     """
@@ -125,19 +132,20 @@ class Branches(nn.Module):
     kept = None  # gemm_weight's result, while someone promises that no parameter changes (GPT.weights_kept)
 
     def __init__(self, n_in, n_out, placement="input", heterogeneous=False, form="direct", scale_vectors=True,
-                 role="input", group=None, eps=1e-6):
+                 role="input", group=None, eps=1e-6, stack=0, own_v=False):
         super().__init__()
         if placement not in PLACEMENTS:
             raise ValueError(f"no placement {placement!r}; there are: {', '.join(PLACEMENTS)}")
         self.n_out, self.placement, self.group, self.eps = dict(n_out), placement, group, eps
-        self.weight = nn.ParameterDict({c: nn.Parameter(torch.empty(n, n_in)) for c, n in n_out.items()})
+        lead = (stack,) if stack else ()
+        self.weight = nn.ParameterDict({c: nn.Parameter(torch.empty(*lead, n, n_in)) for c, n in n_out.items()})
         self.u, self.v = nn.ModuleDict(), nn.ModuleDict()
         if scale_vectors:
             for c in n_out if heterogeneous else ("shared",):
-                self.v[c] = ScaleVector(n_in, role, form)
+                self.v[c] = ScaleVector(n_in, role, form, stack if heterogeneous and own_v else 0)
         if scale_vectors and placement in ("dual", "dual_norm"):
             for c, n in n_out.items():
-                self.u[c] = ScaleVector(n, "output", form)
+                self.u[c] = ScaleVector(n, "output", form, stack)
 
     def vectors(self):
         """The effective (u_c, v_c) of each branch, None where there is none."""
@@ -148,23 +156,28 @@ class Branches(nn.Module):
             yield c, u, v
 
     def gemm_weight(self, dtype):
-        """All branches' weights with their scale vectors in them, one below the other, (sum of n_out, n_in)."""
+        """All branches' weights with their scale vectors in them, one below the other, (..., sum of n_out, n_in)."""
         dual = self.placement == "dual"
         weights = [scaled_cast(self.weight[c], u if dual else None, v, dtype) for c, u, v in self.vectors()]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+        return weights[0] if len(weights) == 1 else torch.cat(weights, dim=-2)
 
-    def forward(self, h):
-        # h: (..., n_in), the output of N
+    def forward(self, h, route=None):
+        """
+        h: (..., n_in), the output of N. route: for a stack, who knows which expert each row of h is for. It has
+        linear(h, weight), which takes a weight (stack, n, n_in), and rows(γ), each row's own of (stack, n).
+        """
+        linear = F.linear if route is None else route.linear
+        rows = (lambda gamma: gamma) if route is None else route.rows
         dual = self.placement == "dual"
         if self.folded:
             weight = self.gemm_weight(h.dtype) if self.kept is None else self.kept
-            y = F.linear(h, weight).split(list(self.n_out.values()), dim=-1)
+            y = linear(h, weight).split(list(self.n_out.values()), dim=-1)
         else:
             y = []
             for c, u, v in self.vectors():
-                y_c = F.linear(h if v is None else (h * v).to(h.dtype), self.weight[c].to(h.dtype))
-                y.append((y_c * u).to(h.dtype) if dual and u is not None else y_c)
+                y_c = linear(h if v is None else (h * rows(v)).to(h.dtype), self.weight[c].to(h.dtype))
+                y.append((y_c * rows(u)).to(h.dtype) if dual and u is not None else y_c)
         if self.placement in ("dual_norm", "norm"):
-            y = [output_norm(y_c, self.u[c] if c in self.u else None, self.group or n, self.eps)
+            y = [output_norm(y_c, self.u[c] if c in self.u else None, self.group or n, self.eps, route)
                  for y_c, (c, n) in zip(y, self.n_out.items())]
         return tuple(y)

@@ -32,21 +32,57 @@ def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0):
     return list(groups.values())
 
 
+class Muon(torch.optim.Optimizer):
+    """
+    Muon (Keller Jordan, 2024): each matrix moves by its momentum, made orthogonal by five Newton-Schulz iterations in
+    bf16. It is torch.optim's, which takes (N, K) alone, for stacks (E, N, K) too: every expert by itself.
+
+    Scaled so that its updates are as large as AdamW's (arXiv 2502.16982): both then share one lr and weight decay.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = self.state[p]["momentum_buffer"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+
+
+def orthogonalise(g):
+    """The orthogonal factor of each matrix of g, (..., N, K), in bf16; singular values end between 0.7 and 1.2."""
+    x = g.bfloat16().flatten(0, -3) if g.dim() > 2 else g.bfloat16().unsqueeze(0)
+    if tall := g.size(-2) > g.size(-1):
+        x = x.mT
+    # by a stack's own norm for each matrix: an expert with few tokens has a small gradient and the same say
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).reshape(g.shape)
+
+
 def make_optimizers(groups, optimizer, betas, shard=False):
     """
     A list of optimizers over groups: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
     shard: ZeRO-1 (arXiv 1910.02054). Each process of the default group keeps the state of its share of the
     parameters, updates those, and sends them to the others: the same updates, with less memory.
-
-    Muon (Keller Jordan, 2024) is torch.optim's, scaled so that its updates are as large as AdamW's (arXiv
-    2502.16982): both then share one learning rate and weight decay.
     """
     hidden = [g for g in groups if optimizer == "muon" and g["name"] == "matrix"]
     rest = [g for g in groups if optimizer != "muon" or g["name"] != "matrix"]
     wanted = [(rest, torch.optim.AdamW, dict(lr=0.0, betas=betas, eps=1e-8, fused=True))]
     if hidden:
-        wanted.append((hidden, torch.optim.Muon, dict(lr=0.0, adjust_lr_fn="match_rms_adamw")))
+        wanted.append((hidden, Muon, dict(lr=0.0)))
     if shard:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # half a second to import, and seldom needed
         return [ZeroRedundancyOptimizer(params, kind, **kw) for params, kind, kw in wanted]

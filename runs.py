@@ -72,7 +72,7 @@ def claim_out_dir(s):
             raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir")
         if ckpt.exists():
             raise ConfigError(f"{out} holds this run already: go on with --resume=True, or name another --out_dir")
-    elif foreign := [f for f in (ckpt, out / "log.csv", out / "scales.csv") if f.exists()]:
+    elif foreign := [f for f in (ckpt, out / "log.csv", out / "scales.csv", out / "experts.csv") if f.exists()]:
         raise ConfigError(f"{foreign[0]} is there without a config.json; name another --out_dir")
 
 

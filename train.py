@@ -43,8 +43,18 @@ class Settings:
     reparam: Literal["direct", "or", "er", "product", "zero_centred"] = "direct"  # how γ is parameterised; or, er [R]
     scale_decay: Literal["input", "all", "none", "output"] = "all"  # roles of γ that weight decay acts on; input is IWD
     final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head [R]
+    # mixture of experts
+    n_experts: Whole = 0  # SwiGLU experts in place of each FFN; 0 is a dense model
+    experts_per_token: Count = 2  # experts that a token goes through
+    n_shared_experts: Whole = 0  # experts that every token goes through, on top of those
+    expert_dim: Whole = 0  # width of an expert; 0 gives the FLOPs of a dense FFN of ffn_dim
+    router: Literal["softmax", "softmax_all", "sigmoid"] = "softmax"  # weights of the chosen: see MoE
+    router_aux: Amount = 0.02  # weight of the load-balancing loss
+    router_z: Amount = 0.001  # weight of the z-loss on router logits
+    router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 2e-3; then router_aux=0
+    expert_scales: Literal["shared", "own"] = "shared"  # under HG, experts share γ of gate and of up, or own theirs [R]
     # the optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, one by one, AdamW for the rest
     lr: Amount = 2e-3  # peak learning rate
     scale_lr_mult: Amount = 1.0  # times lr, for scale vectors
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
@@ -172,6 +182,7 @@ def default_out_dir(config_files):
 # the log
 
 LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"]
+EXPERT_COLUMNS = ["step", "layer", "load_max", "idle", "entropy"]
 SCALE_COLUMNS = ["step", "name", "role", "mean", "std", "min", "max", "norm", "cosine"]
 
 
@@ -181,12 +192,26 @@ def scale_statistics(model, step):
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, ScaleVector):
-            g = module().cpu().double()
-            norm = torch.linalg.vector_norm(g)
-            cosine = g.sum() / (norm * math.sqrt(g.numel()))
-            values = torch.stack((g.mean(), g.std(correction=0), g.min(), g.max(), norm, cosine)).tolist()
-            rows.append(dict(zip(SCALE_COLUMNS, [step, name, module.role, *(f"{v:.9g}" for v in values)])))
+            gamma = module().cpu().double()
+            for e, g in enumerate(gamma.view(-1, module.n)):  # each expert's, where they are stacked
+                norm = torch.linalg.vector_norm(g)
+                cosine = g.sum() / (norm * math.sqrt(g.numel()))
+                values = torch.stack((g.mean(), g.std(correction=0), g.min(), g.max(), norm, cosine)).tolist()
+                row = [step, f"{name}.{e}" if module.stack else name, module.role, *(f"{v:.9g}" for v in values)]
+                rows.append(dict(zip(SCALE_COLUMNS, row)))
     return rows
+
+
+def expert_statistics(load, entropy, step):
+    """
+    A row for each layer's router at a step: largest over mean load, experts without a token, entropy in nats.
+
+    load: (n_layer, E) int64. entropy: (n_layer,). Both of the whole step.
+    """
+    load = load.cpu().double()
+    values = zip((load.amax(1) / load.mean(1)).tolist(), (load == 0).sum(1).tolist(), entropy.tolist())
+    return [dict(zip(EXPERT_COLUMNS, [step, layer, f"{most:.6g}", idle, f"{h:.6g}"]))
+            for layer, (most, idle, h) in enumerate(values)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -285,7 +310,8 @@ def main(s, config_files=()):
     model = torch.compile(raw_model) if (s.compile if s.compile != "auto" else device.type == "cuda") else raw_model
     ddp_model = model
     if distributed:
-        ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                            broadcast_buffers=False)  # each process counts its own routers' choices
 
     counts = raw_model.counts()
     if master:
@@ -296,6 +322,7 @@ def main(s, config_files=()):
             "processes": world, **counts}, indent=1))
         log = CSVLog(out / "log.csv", LOG_COLUMNS, first_step)
         scales = CSVLog(out / "scales.csv", SCALE_COLUMNS, first_step)
+        experts = CSVLog(out / "experts.csv", EXPERT_COLUMNS, first_step) if s.n_experts else None
         print(f"{counts['params']:,} parameters, {counts['scale_params']:,} of them in scale vectors; "
               f"{train_data.n_tokens:,} tokens in {folder.name}; {s.max_steps} steps of {s.batch_tokens} tokens "
               f"on {device.type} in {dtype}, to {out}")
@@ -336,6 +363,11 @@ def main(s, config_files=()):
                     since_log, seconds_since_log = 0, 0.0
                     log.write({name: row.get(name, "") for name in LOG_COLUMNS})
                     shown = {k: float(row[k]) for k in ("train_loss", "val_loss") if k in row}
+                    if s.n_experts and step > first_step:
+                        loads = expert_statistics(*routed, step)
+                        experts.write(*loads)
+                        shown["load_max"] = max(float(layer["load_max"]) for layer in loads)
+                        shown["idle"] = sum(layer["idle"] for layer in loads)
                     bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
                     if bar.disable or "val_loss" in row:
                         bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
@@ -372,6 +404,13 @@ def main(s, config_files=()):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if s.n_experts:
+                load, entropy = raw_model.take_router_statistics()
+                if distributed:
+                    dist.all_reduce(load)
+                    dist.all_reduce(entropy)
+                raw_model.balance_routers(load)
+                routed = load, entropy / (n_micro * world)
             step += 1
             bar.update()
             seconds = time.perf_counter() - started

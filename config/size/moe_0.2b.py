@@ -1,0 +1,10 @@
+# 0.2B in all: 8 experts, 2 for a token. 204,715,776 parameters, 119,781,120 active.
+# As many FLOPs per token as config/size/llama_0.12b.py within 1%. The paper's MoE shapes are unknown; all is ours.
+n_layer, n_head, n_embd = 6, 12, 768
+n_experts, experts_per_token, expert_dim = 8, 2, 1024
+vocab_size, block_size = 50304, 1024
+dataset = "fineweb"
+batch_tokens, micro_batch = 512 * 1024, 16
+max_steps = 100 * 119_781_120 // batch_tokens  # 100 tokens for each active parameter: the dense size's compute
+lr, warmup_steps = 1e-3, 1000
+eval_interval, eval_tokens, save_interval = 1000, 10240 * 1024, 1000

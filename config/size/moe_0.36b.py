@@ -1,0 +1,10 @@
+# 0.36B in all: 64 experts, 6 for a token, and a shared one. 357,701,376 parameters, 120,370,944 active.
+# As many FLOPs per token as config/size/llama_0.12b.py within 1%. The paper's MoE shapes are unknown; all is ours.
+n_layer, n_head, n_embd = 6, 12, 768
+n_experts, experts_per_token, n_shared_experts, expert_dim = 64, 6, 1, 296
+vocab_size, block_size = 50304, 1024
+dataset = "fineweb"
+batch_tokens, micro_batch = 512 * 1024, 16
+max_steps = 100 * 120_370_944 // batch_tokens  # 100 tokens for each active parameter: the dense size's compute
+lr, warmup_steps = 1e-3, 1000
+eval_interval, eval_tokens, save_interval = 1000, 10240 * 1024, 1000

@@ -1,0 +1,10 @@
+# 1.9B in all: 48 experts, 6 for a token, and a shared one. 1,900,693,760 parameters, 484,010,240 active.
+# As many FLOPs per token as config/size/llama_0.5b.py within 1%. The paper's MoE shapes are unknown; all is ours.
+n_layer, n_head, n_embd = 18, 20, 1280
+n_experts, experts_per_token, n_shared_experts, expert_dim = 48, 6, 1, 488
+vocab_size, block_size = 50304, 1024
+dataset = "fineweb"
+batch_tokens, micro_batch = 512 * 1024, 8
+max_steps = 100 * 484_010_240 // batch_tokens  # 100 tokens for each active parameter: the dense size's compute
+lr, warmup_steps = 6e-4, 1000
+eval_interval, eval_tokens, save_interval = 1000, 10240 * 1024, 1000
