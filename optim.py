@@ -32,12 +32,10 @@ def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0):
     return list(groups.values())
 
 
-class Muon(torch.optim.Optimizer):
+class StackedMuon(torch.optim.Optimizer):
     """
-    Muon (Keller Jordan, 2024): each matrix moves by its momentum, made orthogonal by five Newton-Schulz iterations in
-    bf16. It is torch.optim's, which takes (N, K) alone, for stacks (E, N, K) too: every expert by itself.
-
-    Scaled so that its updates are as large as AdamW's (arXiv 2502.16982): both then share one lr and weight decay.
+    torch.optim.Muon with match_rms_adamw, for stacks of matrices (E, N, K) too, which that refuses: each matrix moves
+    by its own momentum, made orthogonal by five Newton-Schulz iterations in bf16.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -73,7 +71,9 @@ def orthogonalise(g):
 
 def make_optimizers(groups, optimizer, betas, shard=False):
     """
-    A list of optimizers over groups: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
+    A list of optimizers over groups: AdamW alone, or Muon (Keller Jordan, 2024) for the hidden matrices and AdamW for
+    the rest. Muon is scaled so that its updates are as large as AdamW's (arXiv 2502.16982): both then share one
+    learning rate and weight decay.
 
     shard: ZeRO-1 (arXiv 1910.02054). Each process of the default group keeps the state of its share of the
     parameters, updates those, and sends them to the others: the same updates, with less memory.
@@ -81,8 +81,10 @@ def make_optimizers(groups, optimizer, betas, shard=False):
     hidden = [g for g in groups if optimizer == "muon" and g["name"] == "matrix"]
     rest = [g for g in groups if optimizer != "muon" or g["name"] != "matrix"]
     wanted = [(rest, torch.optim.AdamW, dict(lr=0.0, betas=betas, eps=1e-8, fused=True))]
-    if hidden:
-        wanted.append((hidden, Muon, dict(lr=0.0)))
+    if any(p.dim() > 2 for g in hidden for p in g["params"]):  # experts
+        wanted.append((hidden, StackedMuon, dict(lr=0.0)))
+    elif hidden:
+        wanted.append((hidden, torch.optim.Muon, dict(lr=0.0, adjust_lr_fn="match_rms_adamw")))
     if shard:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # half a second to import, and seldom needed
         return [ZeroRedundancyOptimizer(params, kind, **kw) for params, kind, kw in wanted]

@@ -345,7 +345,7 @@ def main(s, config_files=()):
     val_loss = None
     timed_steps, timed_seconds = 0, 0.0  # for tokens_per_second: steps alone, without the first, which compiles
     since_log, seconds_since_log = 0, 0.0
-    row = {}
+    row, routed = {}, None
     try:
         while True:
             # Everything about step n happens before step n + 1 and in this order: evaluate, log, save. A resumed
@@ -405,12 +405,12 @@ def main(s, config_files=()):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if s.n_experts:
-                load, entropy = raw_model.take_router_statistics()
+                choices, entropy = raw_model.take_router_statistics()
                 if distributed:
-                    dist.all_reduce(load)
+                    dist.all_reduce(choices)
                     dist.all_reduce(entropy)
-                raw_model.balance_routers(load)
-                routed = load, entropy / (n_micro * world)
+                raw_model.balance_routers(choices)
+                routed = choices, entropy / (n_micro * world)
             step += 1
             bar.update()
             seconds = time.perf_counter() - started
@@ -418,8 +418,11 @@ def main(s, config_files=()):
             if step > first_step + 1:
                 timed_steps, timed_seconds = timed_steps + 1, timed_seconds + seconds
             row = {"train_loss": f"{train_loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}
+        if owns_group:
+            dist.barrier()  # nobody leaves while another may still be in a collective
     finally:
         bar.close()
+        ddp_model = None  # its reducer holds on to the process group, whose threads must end before the process does
         for sig, handler in old_handlers.items():
             signal.signal(sig, handler)
         if owns_group:

@@ -16,7 +16,7 @@ from folding import fold
 from kernels import rms_norm
 from model import GPT, GPTConfig, MoE, Route
 from norms import FORMS, PLACEMENTS, Branches, ScaleVector
-from optim import Muon, make_optimizers, param_groups, set_lr
+from optim import StackedMuon, make_optimizers, param_groups, set_lr
 from runs import load_checkpoint
 from test_ddp import flags, furthest, losses, torchrun
 from test_model import shake, tokens
@@ -300,7 +300,7 @@ def test_muon_is_torchs_for_matrices_and_for_each_expert():
     for shape in ((4, 12, 8), (4, 8, 12), (3, 5, 5)):
         stack = torch.nn.Parameter(torch.randn(shape))
         each = [torch.nn.Parameter(w.clone()) for w in stack.detach()]
-        ours = [Muon([stack], lr=0.1, weight_decay=0.2)]
+        ours = [StackedMuon([stack], lr=0.1, weight_decay=0.2)]
         theirs = [torch.optim.Muon(each, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")]
         for step in range(3):
             stack.grad = torch.randn(shape) * torch.logspace(-6, 0, shape[0]).view(-1, 1, 1)

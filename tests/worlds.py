@@ -31,4 +31,5 @@ if __name__ == "__main__":
     for name in names or sorted(path.stem for path in (ROOT / "config").glob("*.py")):
         main(settings(name, out, dataset, steps))
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
