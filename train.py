@@ -311,7 +311,7 @@ def main(s, config_files=()):
     ddp_model = model
     if distributed:
         ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                            broadcast_buffers=False)  # each process counts its own routers' choices
+                                            broadcast_buffers=False)  # they are the same everywhere, or a process's own
 
     counts = raw_model.counts()
     if master:

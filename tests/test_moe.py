@@ -358,18 +358,21 @@ def test_balance_loss_is_one_when_balanced_and_a_mean_over_sequences():
     assert abs(moe.loss - 5 / 2) < 1e-3  # all to two of five
 
 
-def test_the_bias_moves_by_counts_and_has_no_gradient():
-    model = tiny(router_bias=0.25, n_layer=1)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_bias_moves_by_counts_and_chooses_without_weighing(router):
+    model = tiny(router_bias=0.25, router=router, n_layer=1)
     (moe,) = model.mixtures()
     model.balance_routers(torch.tensor([[10, 2, 5, 5, 3]]))
     assert moe.bias.tolist() == [-0.25, 0.25, 0, 0, 0.25]
     assert "blocks.0.ffn.bias" in model.state_dict() and "blocks.0.ffn.bias" not in dict(model.named_parameters())
     with torch.no_grad():
-        moe.bias.copy_(torch.tensor([0, 0, 5.0, 5.0, 0]))
+        moe.bias.copy_(torch.tensor([0, 0, 7.0, 5.0, 0]))
     h = rms_norm(torch.randn(2, 12, 16), 1e-6)
     moe(h)
     assert moe.load.tolist() == [0, 0, 24, 24, 0]
-    weights = moe.router(h.flatten(0, 1))[0][:, 2:4].softmax(-1)  # the bias chooses, the scores weigh
+    logits = moe.router(h.flatten(0, 1))[0]
+    weights = {"softmax": logits[:, 2:4].softmax(-1), "softmax_all": logits.softmax(-1)[:, 2:4],
+               "sigmoid": logits[:, 2:4].sigmoid() / logits[:, 2:4].sigmoid().sum(-1, keepdim=True)}[router]
     y2, y3 = (moe.experts(h.flatten(0, 1), Route(torch.full((24, 1), e), 24 * F.one_hot(torch.tensor(e), 5), False))
               for e in (2, 3))
     assert torch.allclose(moe(h).flatten(0, 1), weights[:, :1] * y2 + weights[:, 1:] * y3, atol=1e-6)
@@ -475,6 +478,20 @@ def test_a_run_says_how_its_experts_fare(settings, capsys):
     printed = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
     assert int(printed["active_params"]) < int(printed["params"])
     assert not (Path(settings(out_dir=s.out_dir + "d").out_dir) / "experts.csv").exists()
+
+
+def test_bf16_leaves_the_router_in_fp32():
+    model, (x, y) = tiny(dtype="bfloat16", n_shared_experts=1, heterogeneous=True, placement="dual_norm"), tokens()
+    for grouped in (False, True):
+        seen = []
+        for moe in model.mixtures():
+            moe.grouped = grouped
+            moe.router.register_forward_hook(lambda module, h, out: seen.append(out[0].dtype))
+        loss_and_gradients(model)
+        list(model.generate(x[:, :5], 2))  # with weights kept, too
+        assert seen and set(seen) == {torch.float32}
+        exact = tiny(n_shared_experts=1, heterogeneous=True, placement="dual_norm")(x, y)[1]
+        assert abs(model(x, y)[1] - exact) < 0.01
 
 
 def test_it_generates_with_a_cache_as_without():
