@@ -513,7 +513,8 @@ class GPT(nn.Module):
 
         PaLM's formula (arXiv 2204.02311, appendix B), without rematerialisation. N counts the weights that multiply
         activations, for one token: not the token table, which is looked up, and not scale vectors, which act on
-        weights; of E experts, K. The second term is attention's, with no discount for the causal half, as PaLM, nanoGPT and most MFU figures have it.
+        weights; of E experts, K. The second term is attention's, with no discount for the causal half, as PaLM, nanoGPT
+        and most MFU figures have it.
         """
         config, active = self.config, self.active()
         hidden = sum(active[p] for _, p, role, _ in self.named_roles() if role in ("matrix", "router"))

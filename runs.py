@@ -29,7 +29,8 @@ def git_commit():
     here = Path(__file__).parent
     try:
         run = lambda *args: subprocess.run(("git", *args), cwd=here, capture_output=True, text=True, check=True).stdout
-        return run("rev-parse", "HEAD").strip() + (" with changes" if run("status", "--porcelain", "--untracked-files=no").strip() else "")
+        changed = run("status", "--porcelain", "--untracked-files=no").strip()
+        return run("rev-parse", "HEAD").strip() + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

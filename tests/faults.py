@@ -117,4 +117,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, tqdm(total=a.kills, unit="kill") as bar:
-        print(", ".join(f"{k}: {v}" for k, v in torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar).items()))
+        done = torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar)
+    print(", ".join(f"{what}: {count}" for what, count in done.items()))
