@@ -51,7 +51,7 @@ class Settings:
     router: Literal["softmax", "softmax_all", "sigmoid"] = "softmax"  # weights of the chosen: see MoE
     router_aux: Amount = 0.02  # weight of the load-balancing loss
     router_z: Amount = 0.001  # weight of the z-loss on router logits
-    router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 2e-3; then router_aux=0
+    router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 5e-3; then router_aux=0
     expert_scales: Literal["shared", "own"] = "shared"  # under HG, experts share γ of gate and of up, or own theirs [R]
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, one by one, AdamW for the rest
