@@ -14,11 +14,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder of data with some structure to learn: the project's own source as bytes."""
+    """A folder of data with some structure to learn: words drawn from a list of 200, as bytes; the same every time."""
     from data.tokens import BinWriter, load_tokenizer, write_meta
     folder = tmp_path_factory.mktemp("corpus")
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py")))
-    tokens = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+    random = np.random.RandomState(0)
+    words = [bytes(random.randint(ord("a"), ord("z") + 1, random.randint(1, 9), np.uint8)) for _ in range(200)]
+    often = 1 / np.arange(1, 201)  # Zipf's law
+    text = b" ".join(words[i] for i in random.choice(200, 30000, p=often / often.sum()))
+    tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
     for split, part in (("train", tokens[: len(tokens) * 9 // 10]), ("val", tokens[len(tokens) * 9 // 10:])):
         with BinWriter(folder / f"{split}.bin") as out:
             out.write(part)
