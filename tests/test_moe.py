@@ -400,7 +400,7 @@ def experts_csv(s):
 @pytest.mark.parametrize("kw", [dict(router_aux=0.05), dict(router_aux=0.0, router_bias=0.005, router="sigmoid")],
                          ids=str)
 def test_a_balanced_router_stays_balanced_and_another_does_not(settings, tmp_path, kw):
-    common = dict(n_embd=32, block_size=32, batch_tokens=2048, micro_batch=64, max_steps=160, lr=3e-3, warmup_steps=20,
+    common = dict(n_embd=32, block_size=32, batch_tokens=4096, micro_batch=128, max_steps=160, lr=3e-3, warmup_steps=20,
                   n_experts=8, expert_dim=8, log_interval=5, eval_interval=200, save_interval=200)
     balanced, left = settings(**common, **kw), settings(**common, **{**kw, "router_aux": 0.0, "router_bias": 0.0},
                                                         out_dir=str(tmp_path / "left"))
@@ -409,10 +409,7 @@ def test_a_balanced_router_stays_balanced_and_another_does_not(settings, tmp_pat
         main(s)
         late[s.out_dir] = [r for r in experts_csv(s) if int(r["step"]) > 100]
         assert len(late[s.out_dir]) == 2 * 12
-    loads = [float(r["load_max"]) for r in late[balanced.out_dir]]
-    # the loss holds every step under 2; a bias swings about balance, widely where a batch is as small as here
-    assert (max(loads) if balanced.router_aux else sum(loads) / len(loads)) < 2
-    assert all(r["idle"] == "0" for r in late[balanced.out_dir])
+    assert all(float(r["load_max"]) < 2 and r["idle"] == "0" for r in late[balanced.out_dir])
     assert max(float(r["load_max"]) for r in late[left.out_dir]) > 3.5  # 4 is all tokens to the same two of eight
     assert any(int(r["idle"]) for r in late[left.out_dir])
 
