@@ -19,8 +19,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import can_group, grouped_linear, looped_linear, rms_norm
-from norms import Branches, ScaleVector, output_norm
+from kernels import can_group, grouped_linear, looped_linear, qk_norm_rope, rms_norm, scaled_cast, swiglu
+from norms import Branches, ScaleVector
+
+ALIGN = 8  # bf16 numbers in 16 bytes
 
 
 @dataclass
@@ -95,16 +97,20 @@ class GPTConfig:
 
 
 class Linear(nn.Module):
-    """x Wᵀ without bias, W kept in fp32 and multiplied in x's dtype. stack, route: as in Branches."""
+    """
+    x Wᵀ without bias, W kept in fp32 and multiplied in x's dtype. stack, route: as in Branches. x is n_in wide, filled
+    up with zeros to a multiple of align.
+    """
 
     kept = None  # as in Branches
 
-    def __init__(self, n_in, n_out, stack=0):
+    def __init__(self, n_in, n_out, align=1, stack=0):
         super().__init__()
+        self.align = align
         self.weight = nn.Parameter(torch.empty(stack, n_out, n_in) if stack else torch.empty(n_out, n_in))
 
     def gemm_weight(self, dtype):
-        return self.weight.to(dtype)
+        return scaled_cast([self.weight], [None], [None], dtype, align_columns=self.align)
 
     def forward(self, x, route=None):
         linear = F.linear if route is None else route.linear
@@ -120,13 +126,6 @@ def rope_tables(d_head, block_size, theta):
     rates = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
     angles = torch.outer(torch.arange(block_size, dtype=torch.float64), rates)
     return angles.cos().float(), angles.sin().float()
-
-
-def apply_rope(x, cos, sin):
-    """Turn each pair of channels of x, (B, T, n_head, d_head), by its position's angle; cos, sin: (T, d_head/2)."""
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)  # (T, 1, d_head/2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class KVCache:
@@ -161,12 +160,11 @@ class Attention(nn.Module):
     def forward(self, h, cos, sin, cache=None):
         B, T, _ = h.shape
         config = self.config
-        q, k, v = self.qkv(h)  # (B, T, n_head × d_head), twice (B, T, n_kv_head × d_head)
+        normed, gammas = ("qkv" if self.qkv.normed else ""), self.qkv.gammas()
         if self.qk_norm:
-            q = output_norm(q, self.q_scale, config.qkv_group(q.size(-1)), config.norm_eps)
-            k = output_norm(k, self.k_scale, config.qkv_group(k.size(-1)), config.norm_eps)
-        q, k, v = (x.view(B, T, -1, config.d_head) for x in (q, k, v))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            normed, gammas = "qk", [self.q_scale and self.q_scale(), self.k_scale and self.k_scale(), None]
+        q, k, v = qk_norm_rope(self.qkv.linear(h), cos, sin, config.n_head, config.n_kv_head, config.norm_eps, normed,
+                               gammas, self.qkv.group)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d_head)
         if cache is not None:
             k, v = cache.extend(k, v)
@@ -180,13 +178,15 @@ class FFN(nn.Module):
 
     def __init__(self, config, ffn_dim, stack=0):
         super().__init__()
-        self.gate_up = config.branches({"gate": ffn_dim, "up": ffn_dim}, placement=config.ffn_placement, stack=stack,
-                                       own_v=config.expert_scales == "own")
-        self.down = Linear(ffn_dim, config.n_embd, stack)
+        self.ffn_dim = ffn_dim
+        self.gate_up = config.branches({"gate": ffn_dim, "up": ffn_dim}, placement=config.ffn_placement, align=ALIGN,
+                                       stack=stack, own_v=config.expert_scales == "own")
+        self.down = Linear(ffn_dim, config.n_embd, ALIGN, stack)
 
     def forward(self, h, route=None):
-        gate, up = self.gate_up(h, route)  # (..., ffn_dim) each
-        return self.down(F.silu(gate) * up, route)
+        y = self.gate_up.linear(h, route)  # (..., 2 × ffn_dim), each filled up
+        y = swiglu(y, self.ffn_dim, self.gate_up.eps, self.gate_up.normed, self.gate_up.gammas(route))
+        return self.down(y, route)
 
 
 class _Permute(torch.autograd.Function):
@@ -311,7 +311,7 @@ class MoE(nn.Module):
             self.load += load
             self.entropy += torch.special.entr(p.detach()).sum(-1).mean()
 
-        grouped = can_group(x, config.n_embd, config.expert_dim) if self.grouped is None else self.grouped
+        grouped = can_group(x, config.n_embd) if self.grouped is None else self.grouped
         route = Route(chosen, load, grouped)
         y = route.combine(self.experts(route.dispatch(x), route), weights).view_as(h)
         return y if self.shared is None else y + self.shared(h)
@@ -334,13 +334,23 @@ class Block(nn.Module):
             self.attn_post = config.output_scale(config.n_embd)
             self.ffn_post = config.output_scale(config.n_embd)
 
-    def forward(self, x, cos, sin, cache=None):
-        # x: (B, T, n_embd). The Pre-Norms are N alone: their scale vectors live in the branches behind them
-        config, eps = self.config, self.config.norm_eps
-        y = self.attn(rms_norm(x, eps), cos, sin, cache)
-        x = x + (output_norm(y, self.attn_post, config.n_embd, eps) if config.arch == "gemma" else y)
-        y = self.ffn(rms_norm(x, eps))
-        return x + (output_norm(y, self.ffn_post, config.n_embd, eps) if config.arch == "gemma" else y)
+    def forward(self, x, y, cos, sin, cache=None):
+        """
+        x: the residual stream, (B, T, n_embd), and y: what the last sublayer adds to it, None at first. The sum is left
+        to the norm behind it, which reads both anyway. Returns the next x and y.
+
+        The Pre-Norms are N alone: their scale vectors live in the branches behind them.
+        """
+        eps = self.config.norm_eps
+        h, x = (rms_norm(x, eps), x) if y is None else rms_norm(y, eps, residual=x)
+        y = self.attn(h, cos, sin, cache)
+        if self.config.arch == "gemma":
+            y = rms_norm(y, eps, self.attn_post and self.attn_post())
+        h, x = rms_norm(y, eps, residual=x)
+        y = self.ffn(h)
+        if self.config.arch == "gemma":
+            y = rms_norm(y, eps, self.ffn_post and self.ffn_post())
+        return x, y
 
 
 class GPT(nn.Module):
@@ -413,12 +423,12 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit in block_size {self.config.block_size}")
-        x = F.embedding(idx, self.wte).to(getattr(torch, self.config.dtype))
+        x, y = F.embedding(idx, self.wte).to(getattr(torch, self.config.dtype)), None
         for i, block in enumerate(self.blocks):
-            x = block(x, self.cos[start:end], self.sin[start:end], caches[i] if caches else None)
+            x, y = block(x, y, self.cos[start:end], self.sin[start:end], caches[i] if caches else None)
         if caches:
-            x = x[:, -1:]
-        (logits,) = self.lm_head(rms_norm(x, self.config.norm_eps))
+            x, y = x[:, -1:], y[:, -1:]
+        (logits,) = self.lm_head(rms_norm(y, self.config.norm_eps, residual=x)[0])
         if targets is None:
             return logits, None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

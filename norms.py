@@ -100,18 +100,6 @@ class ScaleVector(nn.Module):
         return f"{self.n}, role={self.role}, form={self.form}" + (f", stack={self.stack}" if self.stack else "")
 
 
-def output_norm(y, scale, group, eps, route=None):
-    """
-    γ ⊙ N(y), the mean taken over each `group` of channels: a head, or all of them.
-
-    y: (..., n). scale: None, or a ScaleVector of n channels or of one group's, which all groups then share.
-    route: as in Branches, where scale is a stack.
-    """
-    gamma = None if scale is None else scale() if route is None else route.rows(scale())
-    gamma = None if gamma is None else gamma.unflatten(-1, (-1, group))
-    return rms_norm(y.unflatten(-1, (-1, group)), eps, gamma).flatten(-2)
-
-
 class Branches(nn.Module):
     """
     The linear maps behind one Pre-Norm, with their scale vectors. Takes N(x), returns a tuple of outputs.
@@ -120,6 +108,8 @@ class Branches(nn.Module):
     placement: 'input', 'dual', 'dual_norm' or 'norm' (this file's head). heterogeneous: v_c for each branch, else
     one v for all. form: of every scale vector. scale_vectors: False fixes all of them to 1. role: of v.
     group: channels that dual_norm's and norm's N covers, such as a head's; by default the branch's whole width.
+    align: every branch's outputs begin at a multiple of it in the one GEMM's rows, with zeros before: bf16 GEMMs lose
+    much of their speed where rows do not begin at multiples of 16 bytes.
     stack: 0, or a number of experts. Each branch is then a stack of matrices, (stack, n_out, n_in), with a u_c for each
     expert; v_c is shared by the experts, or stacked too where heterogeneous and own_v are set.
 
@@ -132,11 +122,12 @@ class Branches(nn.Module):
     kept = None  # gemm_weight's result, while someone promises that no parameter changes (GPT.weights_kept)
 
     def __init__(self, n_in, n_out, placement="input", heterogeneous=False, form="direct", scale_vectors=True,
-                 role="input", group=None, eps=1e-6, stack=0, own_v=False):
+                 role="input", group=None, eps=1e-6, align=1, stack=0, own_v=False):
         super().__init__()
         if placement not in PLACEMENTS:
             raise ValueError(f"no placement {placement!r}; there are: {', '.join(PLACEMENTS)}")
-        self.n_out, self.placement, self.group, self.eps = dict(n_out), placement, group, eps
+        self.n_out, self.placement, self.group, self.eps, self.align = dict(n_out), placement, group, eps, align
+        self.normed = placement in ("dual_norm", "norm")
         lead = (stack,) if stack else ()
         self.weight = nn.ParameterDict({c: nn.Parameter(torch.empty(*lead, n, n_in)) for c, n in n_out.items()})
         self.u, self.v = nn.ModuleDict(), nn.ModuleDict()
@@ -157,27 +148,41 @@ class Branches(nn.Module):
 
     def gemm_weight(self, dtype):
         """All branches' weights with their scale vectors in them, one below the other, (..., sum of n_out, n_in)."""
-        dual = self.placement == "dual"
-        weights = [scaled_cast(self.weight[c], u if dual else None, v, dtype) for c, u, v in self.vectors()]
-        return weights[0] if len(weights) == 1 else torch.cat(weights, dim=-2)
+        _, us, vs = zip(*self.vectors())
+        if self.placement != "dual":
+            us = [None] * len(us)
+        return scaled_cast([self.weight[c] for c in self.n_out], us, vs, dtype, self.align)
+
+    def linear(self, h, route=None):
+        """All that comes before DNP's norm, the branches beside each other: (..., sum of n_out, aligned)."""
+        linear = F.linear if route is None else route.linear
+        if self.folded:
+            return linear(h, self.gemm_weight(h.dtype) if self.kept is None else self.kept)
+        y = []
+        for c, u, v in self.vectors():
+            y_c = linear(h if v is None else (h * self.rows(v, route)).to(h.dtype), self.weight[c].to(h.dtype))
+            if self.placement == "dual" and u is not None:
+                y_c = (y_c * self.rows(u, route)).to(h.dtype)
+            y.append(F.pad(y_c, (0, -y_c.size(-1) % self.align)))
+        return torch.cat(y, dim=-1)
+
+    def gammas(self, route=None):
+        """What DNP scales by behind its norm, for each branch, or None."""
+        return [self.rows(self.u[c](), route) if c in self.u and self.normed else None for c in self.n_out]
+
+    @staticmethod
+    def rows(gamma, route):
+        return gamma if route is None else route.rows(gamma)
 
     def forward(self, h, route=None):
         """
         h: (..., n_in), the output of N. route: for a stack, who knows which expert each row of h is for. It has
         linear(h, weight), which takes a weight (stack, n, n_in), and rows(γ), each row's own of (stack, n).
+
+        A model that has a kernel for what follows takes linear and gammas instead, and norms there.
         """
-        linear = F.linear if route is None else route.linear
-        rows = (lambda gamma: gamma) if route is None else route.rows
-        dual = self.placement == "dual"
-        if self.folded:
-            weight = self.gemm_weight(h.dtype) if self.kept is None else self.kept
-            y = linear(h, weight).split(list(self.n_out.values()), dim=-1)
-        else:
-            y = []
-            for c, u, v in self.vectors():
-                y_c = linear(h if v is None else (h * rows(v)).to(h.dtype), self.weight[c].to(h.dtype))
-                y.append((y_c * rows(u)).to(h.dtype) if dual and u is not None else y_c)
-        if self.placement in ("dual_norm", "norm"):
-            y = [output_norm(y_c, self.u[c] if c in self.u else None, self.group or n, self.eps, route)
-                 for y_c, (c, n) in zip(y, self.n_out.items())]
+        filled = [n + -n % self.align for n in self.n_out.values()]
+        y = [y_c[..., :n] for y_c, n in zip(self.linear(h, route).split(filled, dim=-1), self.n_out.values())]
+        if self.normed:
+            y = [rms_norm(y_c, self.eps, gamma, group=self.group) for y_c, gamma in zip(y, self.gammas(route))]
         return tuple(y)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, apply_rope, rope_tables
+from kernels import apply_rope
+from model import GPT, GPTConfig, rope_tables
 from norms import FORMS, PLACEMENTS, Branches, ScaleVector
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, ffn_dim=20, vocab_size=31, block_size=12)

@@ -59,15 +59,15 @@ def test_scaled_cast_rounds_once():
     w, u, v = torch.randn(33, 17), torch.rand(33) + 0.5, torch.rand(17) + 0.5
     exact = (u.double()[:, None] * w.double() * v.double()).to(torch.bfloat16)
     twice = (w * v).to(torch.bfloat16) * u.to(torch.bfloat16)[:, None]
-    ours = scaled_cast(w, u, v, torch.bfloat16)
+    ours = scaled_cast([w], [u], [v], torch.bfloat16)
     assert ours.dtype == torch.bfloat16
     assert (ours != exact).float().mean() < 0.01 < (twice != exact).float().mean()
 
 
 def test_scaled_cast_takes_a_stack_of_matrices():
     w, u, v = torch.randn(3, 5, 4), torch.randn(3, 5), torch.randn(3, 4)
-    each = [scaled_cast(w[e], u[e], v[e], torch.float32) for e in range(3)]
-    assert torch.equal(scaled_cast(w, u, v, torch.float32), torch.stack(each))
+    each = [scaled_cast([w[e]], [u[e]], [v[e]], torch.float32) for e in range(3)]
+    assert torch.equal(scaled_cast([w], [u], [v], torch.float32), torch.stack(each))
 
 
 @pytest.mark.parametrize("form", FORMS)
