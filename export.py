@@ -213,8 +213,8 @@ def hf_config(kind, config, tokenizer):
                                        "AutoModelForCausalLM": "modeling_nanoscale.NanoScaleForCausalLM"},
                 **{name: getattr(config, name) for name in (*NORM_SETTINGS, *MIXTURE)}}
     if kind == "gemma3_text":
-        return {**common, "hidden_activation": "silu",
-                "attention_bias": False, "query_pre_attn_scalar": config.d_head, "sliding_window": config.block_size,
+        return {**common, "hidden_activation": "silu", "attention_bias": False,
+                "query_pre_attn_scalar": config.d_head, "sliding_window": config.block_size,
                 "layer_types": ["full_attention"] * config.n_layer, "final_logit_softcapping": None,
                 "attn_logit_softcapping": None, "rope_parameters": {"full_attention": rope}}
     common.update(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_parameters=rope)
@@ -266,9 +266,11 @@ def hf_tensors(kind, config, tensors):
             tensors[f"blocks.{i}.ffn.shared.down"] = torch.zeros(config.n_embd, 0)
     theirs = {}
     for name, x in tensors.items():
-        if "{e}" in names.get(name, ""):
+        if name.endswith("ffn.bias") and name not in names:
+            continue  # all zeros, or hf_type would have chosen another class
+        if "{e}" in names[name]:
             theirs.update({names[name].format(e=e): x_e.clone() for e, x_e in enumerate(x)})
-        elif name in names:  # else a bias of zeros
+        else:
             theirs[names[name]] = x
     return theirs
 

@@ -13,7 +13,7 @@ from folding import fold, load, read_tensors
 from model import GPT, GPTConfig
 from norms import FORMS, ScaleVector
 from test_export import IDS, TINY, export_all, logits, same_by_our_own_code, same_by_transformers, save_run, shaken
-from test_hf import dataset, first_val_loss, from_folder, train, transformers  # noqa: F401, two are fixtures
+from test_hf import dataset, first_val_loss, from_folder, train, transformers
 from train import Settings
 from train import main as train_main
 
@@ -234,7 +234,7 @@ def their_pairs(model, theirs):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_every_gradient_equal_mixtrals(shape, transformers, tmp_path):  # noqa: F811
+def test_loss_and_every_gradient_equal_mixtrals(shape, transformers, tmp_path):
     theirs = save_moe(transformers, tmp_path, **SHAPES[shape])
     model = from_folder(tmp_path, "--router_aux=0", "--router_z=0")  # training's losses: the class adds its own or none
     x = torch.randint(0, theirs.config.vocab_size, (3, 65), generator=torch.Generator().manual_seed(1))
@@ -258,7 +258,7 @@ FLAGS = [(), ("--heterogeneous=True",), ("--heterogeneous=True", "--expert_scale
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_every_strategy_starts_from_mixtrals_function(flags, form, transformers, tmp_path):  # noqa: F811
+def test_every_strategy_starts_from_mixtrals_function(flags, form, transformers, tmp_path):
     theirs = save_moe(transformers, tmp_path, **SHAPES["three of six"])
     model = from_folder(tmp_path, f"--reparam={form}", *flags)
     with torch.no_grad():
@@ -278,7 +278,7 @@ GLM = dict(moe_intermediate_size=24, n_routed_experts=4, n_shared_experts=1, fir
 
 @pytest.mark.parametrize("kind,kw", [("Qwen2Moe", QWEN), ("Qwen2Moe", dict(QWEN, norm_topk_prob=True)),
                                      ("Glm4Moe", GLM)], ids=str)
-def test_other_classes_are_read_where_they_compute_the_same(kind, kw, transformers, tmp_path):  # noqa: F811
+def test_other_classes_are_read_where_they_compute_the_same(kind, kw, transformers, tmp_path):
     theirs = save_moe(transformers, tmp_path, kind, **kw)
     with torch.no_grad():
         for layer in theirs.model.layers:
@@ -318,8 +318,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("kind,kw,change,message", REFUSED, ids=[f"{r[0]} {r[3]}" for r in REFUSED])
-def test_what_cannot_be_represented_is_refused_in_one_line(kind, kw, change, message, transformers,  # noqa: F811
-                                                           tmp_path):
+def test_what_cannot_be_represented_is_refused_in_one_line(kind, kw, change, message, transformers, tmp_path):
     save_moe(transformers, tmp_path, kind, **kw)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -329,7 +328,7 @@ def test_what_cannot_be_represented_is_refused_in_one_line(kind, kw, change, mes
 
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "num_experts_per_tok", "num_local_experts", "rope_parameters"])
-def test_what_a_config_leaves_to_the_class_is_asked_for(key, transformers, tmp_path):  # noqa: F811
+def test_what_a_config_leaves_to_the_class_is_asked_for(key, transformers, tmp_path):
     save_moe(transformers, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
@@ -359,7 +358,7 @@ def test_a_folder_of_ours_that_was_tampered_with_is_refused(settings, message, t
 # train.py --init_from
 
 
-def test_train_starts_from_a_mixtral(dataset, transformers, tmp_path, capsys):  # noqa: F811
+def test_train_starts_from_a_mixtral(dataset, transformers, tmp_path, capsys):
     theirs = save_moe(transformers, tmp_path / "mixtral", num_key_value_heads=2)
     flags = [f"--init_from={tmp_path / 'mixtral'}", "--heterogeneous=True", "--reparam=or"]
     ckpt = train(dataset, tmp_path / "a", *flags)
@@ -383,7 +382,7 @@ def test_train_starts_from_a_mixtral(dataset, transformers, tmp_path, capsys):  
     assert resumed["step"] == 2
 
 
-def test_train_goes_on_from_our_own_export(dataset, tmp_path):  # noqa: F811
+def test_train_goes_on_from_our_own_export(dataset, tmp_path):
     save_run(tmp_path / "run", ["--n_layer=2", "--n_embd=32", "--block_size=32", "--n_experts=4", "--router=sigmoid",
                                 "--n_shared_experts=1", "--router_bias=0.01", "--placement=dual_norm", "--reparam=or"])
     main(arguments([str(tmp_path / "run"), "--to", "nanoscale", "--out", str(tmp_path / "out")]))
@@ -398,7 +397,7 @@ def test_train_goes_on_from_our_own_export(dataset, tmp_path):  # noqa: F811
         train(dataset, tmp_path / "b", f"--init_from={tmp_path / 'out'}")
 
 
-def test_shape_in_a_dry_run(transformers, tmp_path, capsys):  # noqa: F811
+def test_shape_in_a_dry_run(transformers, tmp_path, capsys):
     theirs = save_moe(transformers, tmp_path / "mixtral")
     train_main(configure(Settings, [f"--init_from={tmp_path / 'mixtral'}", "--dry_run=True"])[0])
     assert f"params: {sum(p.numel() for p in theirs.parameters())}" in capsys.readouterr().out

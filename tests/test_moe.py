@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import faults
 import train
-from configurator import ConfigError, configure
+from configurator import configure
 from conftest import ROOT
 from kernels import rms_norm
 from model import GPT, GPTConfig, MoE, Route
