@@ -7,10 +7,87 @@ The work between the GEMMs: in plain PyTorch, for a CPU and for torch.compile, a
     swiglu         what stands between the gate, up GEMM and down
 
 Each function stands alone and picks one of its two ways itself; nothing here knows about models.
+
+All of these move bytes and hardly compute, so a kernel is as good as the share of the memory's bandwidth that it
+reaches with every input read once and every output written once. Four rules hold for each:
+- Loads are turned to fp32 at once, results are rounded once, when they are stored.
+- A row is an int64: an activation of a large batch has more than 2³¹ elements.
+- No atomics. What is summed over rows, such as dγ, is summed by each program over rows of its own, always the same
+  ones, and these partial sums then in a fixed order. So a run repeats bit for bit.
+- Widths and strides are constants of the compiled kernel: knowing them, Triton sees which rows begin at multiples of
+  16 bytes and reads 16 bytes at a time. A model has few.
+
+The operations are opaque to torch.compile (torch.library.custom_op). triton_op would let inductor see the kernels, but
+it passes Python floats, ε, as fp64, and then a GPU computes in fp64 where it is 32 times slower.
 """
+
+import os
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:  # as on a Mac: the kernels are not compiled and the twins do all the work
+    triton, tl = None, SimpleNamespace(constexpr=None)
+    jit = lambda kernel: kernel
+
+# Triton can run its kernels in Python, which is how a machine without a GPU tests them. It reads this as @jit runs.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+_backend = "auto"
+
+
+@contextmanager
+def backend(name):
+    """Which way all functions here go inside `with backend(name):`, for tests and bench.py: auto, torch or triton."""
+    global _backend
+    if name not in ("auto", "torch", "triton"):
+        raise ValueError(f"no backend {name!r}; there are: auto, torch, triton")
+    if name == "triton" and triton is None:
+        raise RuntimeError("backend 'triton': Triton is not installed")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def _use_triton(x):
+    """Whether x goes to a kernel: on a GPU, in fp32, bf16 or fp16. fp64 is for checks, and always goes to the twin."""
+    if _backend == "torch" or triton is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if _backend == "triton" and not x.is_cuda and not INTERPRETED:
+        raise RuntimeError("backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before kernels is imported")
+    return x.is_cuda or _backend == "triton"
+
+
+def _launch(kernel, grid, *args, **constants):
+    """Run a kernel on the GPU that its first argument is on. An empty grid, which CUDA refuses, does nothing."""
+    if all(grid):
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, **constants)
+
+
+def _rows(x):
+    """
+    x as (rows, n), n contiguous. The rows may lie apart, as those of a slice of a wider buffer do: kernels take the
+    distance, x.stride(0). Only what cannot be seen so is copied.
+    """
+    x = x.reshape(-1, x.size(-1))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@cache
+def _processors(device):
+    """The GPU's number of streaming multiprocessors; in the interpreter 2, so that each program has much to do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _statistics_dtype(x):
