@@ -84,6 +84,36 @@ def _rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+WIDEST = 16384  # channels that a program holds of one row; a wider one goes to the twin
+
+
+def _tile(n, per_thread):
+    """
+    The tile of a program that takes whole rows: (rows, columns, warps) with `per_thread` numbers for each thread.
+
+    Columns are a power of two, which Triton asks for. Narrow rows come several at a time: at least 128 threads with
+    some 16-byte loads each are what keeps enough bytes in flight. More numbers a thread would leave fewer registers
+    than the row needs, and a program with fewer threads can't have them.
+    """
+    columns = max(16, 1 << (n - 1).bit_length())
+    return max(1, 128 * per_thread // columns), columns, max(4, columns // (32 * per_thread))
+
+
+def _programs(tiles, warps, device):
+    """
+    How many programs share the tiles where each sums over its rows: as many as run at once, 16 warps a processor.
+
+    Each leaves a row of partial sums, so more would write more, and a number that depends on anything else than shape
+    and GPU would change the order of sums.
+    """
+    return min(tiles, _processors(device) * max(1, 16 // warps))
+
+
+def _is_vector(gamma, n):
+    """Whether kernels take this γ: none, or one fp32 number for each channel."""
+    return gamma is None or (gamma.shape == (n,) and gamma.dtype == torch.float32)
+
+
 @cache
 def _processors(device):
     """The GPU's number of streaming multiprocessors; in the interpreter 2, so that each program has much to do."""
@@ -123,6 +153,143 @@ class _RMSNorm(torch.autograd.Function):
         return (r * (dy_ - c * x_)).to(x.dtype), dgamma, None
 
 
+@jit
+def _norm(x, eps, N: tl.constexpr):
+    """N(x) of each row of a tile, zeros behind channel N, and 1 / sqrt(mean(x²) + ε) of each row."""
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)[:, None]
+    return x * r, r
+
+
+@jit
+def _norm_backward(dy, y, r, N: tl.constexpr):
+    """
+    The gradient of x, where y = N(x) = r x: r (dy − y · mean(y ⊙ dy)). The second term takes out of dy what it has
+    along y, since N(x) doesn't change with x's length.
+    """
+    return r * (dy - y * (tl.sum(y * dy, axis=1) / N)[:, None])
+
+
+@jit
+def _rms_norm_kernel(x, residual, gamma, y, total, rows, eps, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
+                     N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    y = γ ⊙ N(x), or total = x + residual and y = γ ⊙ N(total). γ and residual may be None.
+
+    Bytes for a bf16 number: 2 read and 2 written; with the residual 4 and 4. Added separately, the sum would be read
+    once more.
+    A program holds whole rows, so that x is read once: the mean needs all of a row before any of y is known. Nothing
+    is kept for the backward pass but x: r is a number a row, and cheaper to compute again than to store.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    here = (row < rows) & (column < N)
+    x_ = tl.load(x + row * X_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+    if residual is not None:
+        x_ += tl.load(residual + row * RESIDUAL_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        rounded = x_.to(total.dtype.element_ty)
+        tl.store(total + row * N + column, rounded, mask=here)
+        x_ = rounded.to(tl.float32)  # the norm of what all others will see, the backward pass among them
+    y_, _ = _norm(x_, eps, N)
+    if gamma is not None:
+        y_ *= tl.load(gamma + column, mask=column < N, other=0.0)
+    tl.store(y + row * N + column, y_.to(y.dtype.element_ty), mask=here)
+
+
+@jit
+def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps, DY_STRIDE: tl.constexpr,
+                              X_STRIDE: tl.constexpr, DTOTAL_STRIDE: tl.constexpr, N: tl.constexpr,
+                              ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    dx of y = γ ⊙ N(x), plus dtotal, the gradient that x, the residual stream, gets from elsewhere; and for each
+    program a row of dγ, the sum over its rows of dy ⊙ N(x). gamma and dtotal may be None.
+
+    Bytes for a bf16 number: 4 read and 2 written; with dtotal 6 and 2. Autograd alone would write dx and then read it
+    again to add dtotal.
+    With γ, programs are few and long: each takes every so-manieth tile and sums dγ in its registers over all of them,
+    so that what it leaves is a row and not a tile's worth. Without, a tile is a program.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    if gamma is not None:
+        gamma_ = tl.load(gamma + column, mask=column < N, other=0.0)
+        dgamma_ = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = tl.program_id(0).to(tl.int64)
+    for i in range(steps):
+        row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
+        here = (row < rows) & (column < N)
+        x_ = tl.load(x + row * X_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        dy_ = tl.load(dy + row * DY_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        y_, r = _norm(x_, eps, N)
+        if gamma is not None:
+            dgamma_ += tl.where(here, dy_ * y_, 0.0)  # behind the last row, 0 · r is NaN where ε is 0
+            dy_ *= gamma_
+        dx_ = _norm_backward(dy_, y_, r, N)
+        if dtotal is not None:
+            dx_ += tl.load(dtotal + row * DTOTAL_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        tl.store(dx + row * N + column, dx_.to(dx.dtype.element_ty), mask=here)
+    if gamma is not None:
+        partial = tl.sum(dgamma_, axis=0)[None, :]
+        tl.store(dgamma + tl.program_id(0) * N + column, partial, mask=column < N)
+
+
+@torch.library.custom_op("nanoscale::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, residual: Optional[Tensor], gamma: Optional[Tensor], eps: float) -> Tuple[Tensor, Tensor]:
+    # an operation returns always as many tensors: total has no elements where there is no residual
+    n = x.size(-1)
+    y, total = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+    x, gamma = _rows(x), None if gamma is None else gamma.contiguous()
+    residual = None if residual is None else _rows(residual)
+    tile, columns, warps = _tile(n, 32)
+    _launch(_rms_norm_kernel, (triton.cdiv(x.size(0), tile),), x, residual, gamma, y, total, x.size(0), eps,
+            X_STRIDE=x.stride(0), RESIDUAL_STRIDE=0 if residual is None else residual.stride(0), N=n, ROWS=tile,
+            COLUMNS=columns, num_warps=warps)
+    return y, total
+
+
+@_rms_norm.register_fake
+def _(x, residual, gamma, eps):
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+
+
+@torch.library.custom_op("nanoscale::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(dy: Tensor, x: Tensor, gamma: Optional[Tensor], dtotal: Optional[Tensor],
+                       eps: float) -> Tuple[Tensor, Tensor]:
+    n = x.size(-1)
+    dx = x.new_empty(x.shape)  # never dy's own memory, which others may still read
+    dy, x, dtotal = _rows(dy), _rows(x), None if dtotal is None else _rows(dtotal)
+    tile, columns, warps = _tile(n, 16)
+    tiles = triton.cdiv(x.size(0), tile)
+    programs = tiles if gamma is None else _programs(tiles, warps, x.device)
+    dgamma = None if gamma is None else gamma.new_empty(programs, n)
+    _launch(_rms_norm_backward_kernel, (programs,), dy, x, None if gamma is None else gamma.contiguous(), dtotal, dx,
+            dgamma, x.size(0), triton.cdiv(tiles, max(1, programs)), eps, DY_STRIDE=dy.stride(0),
+            X_STRIDE=x.stride(0), DTOTAL_STRIDE=0 if dtotal is None else dtotal.stride(0), N=n, ROWS=tile,
+            COLUMNS=columns, num_warps=warps)
+    return dx, x.new_empty(0) if gamma is None else dgamma.sum(0)
+
+
+@_rms_norm_backward.register_fake
+def _(dy, x, gamma, dtotal, eps):
+    return x.new_empty(x.shape), x.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+
+
+def _rms_norm_context(ctx, inputs, output):
+    x, residual, gamma, ctx.eps = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(output[1] if ctx.has_residual else x, gamma)
+    ctx.set_materialize_grads(False)  # so that no one reads zeros for a sum that goes nowhere else
+
+
+def _rms_norm_gradients(ctx, dy, dtotal):
+    x, gamma = ctx.saved_tensors
+    if dy is None:
+        return dtotal, dtotal, None, None
+    dx, dgamma = _rms_norm_backward(dy, x, gamma, dtotal, ctx.eps)
+    return dx, dx if ctx.has_residual else None, None if gamma is None else dgamma, None
+
+
+_rms_norm.register_autograd(_rms_norm_gradients, setup_context=_rms_norm_context)
+
+
 def rms_norm(x, eps, gamma=None, residual=None, group=None):
     """
     γ ⊙ x / sqrt(mean(x²) + ε) over the last axis (RMSNorm, arXiv 1910.07467); without gamma, N(x).
@@ -133,13 +300,19 @@ def rms_norm(x, eps, gamma=None, residual=None, group=None):
     group: the mean is taken over each `group` of channels, such as a head's, not over all n. gamma may then be
         (group,) too, which all groups share.
     """
-    if residual is not None:
-        x = x + residual
-        return rms_norm(x, eps, gamma, group=group), x
-    if group in (None, x.size(-1)):
-        return _RMSNorm.apply(x, gamma, eps)
-    gamma = None if gamma is None else gamma.unflatten(-1, (-1, group))
-    return _RMSNorm.apply(x.unflatten(-1, (-1, group)), gamma, eps).flatten(-2)
+    if group not in (None, x.size(-1)):  # each group is a row
+        x, residual = (None if t is None else t.unflatten(-1, (-1, group)) for t in (x, residual))
+        if gamma is not None and gamma.shape != (group,):
+            gamma = gamma.unflatten(-1, (-1, group))
+        y = rms_norm(x, eps, gamma, residual)
+        return y.flatten(-2) if residual is None else tuple(t.flatten(-2) for t in y)
+    n, alike = x.size(-1), residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    if _use_triton(x) and alike and 0 < n <= WIDEST and _is_vector(gamma, n):
+        y, total = _rms_norm(x, residual, gamma, eps)
+    else:
+        total = x if residual is None else x + residual
+        y = _RMSNorm.apply(total, gamma, eps)
+    return y if residual is None else (y, total)
 
 
 def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
@@ -192,6 +365,157 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(Non
     return tuple(heads)
 
 
+@jit
+def _swiglu_kernel(y, gamma_gate, gamma_up, h, rows, eps, Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+                   NORMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    h = silu(a) ⊙ b, where (a, b) = (gate, up), or (γ_gate ⊙ N(gate), γ_up ⊙ N(up)) where NORMED. Each γ may be None.
+
+    Bytes for a bf16 number of h: 4 read and 2 written; the norms add none to them. One after the other, two norms,
+    SiLU and product would move 18.
+    A program holds whole rows of both halves where it has to know their means, otherwise a piece of the columns.
+    A row is read and written up to M and cut at N behind the load: where the mask ends at a multiple of 16 bytes, all
+    accesses are 16 bytes wide, while one that ends at 4778 numbers would make each 4.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    here, used = (row < rows) & (column < M), column < N
+    a = tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+    b = tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32)
+    if NORMED:
+        a, _ = _norm(tl.where(used, a, 0.0), eps, N)
+        b, _ = _norm(tl.where(used, b, 0.0), eps, N)
+        if gamma_gate is not None:
+            a *= tl.load(gamma_gate + column, mask=used, other=0.0)
+        if gamma_up is not None:
+            b *= tl.load(gamma_up + column, mask=used, other=0.0)
+    h_ = tl.where(used, a / (1.0 + tl.exp(-a)) * b, 0.0)
+    tl.store(h + row * M + column, h_.to(h.dtype.element_ty), mask=here)
+
+
+@jit
+def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma_up, rows, steps, eps,
+                            DH_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+                            NORMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+    """
+    dy, the gradients of gate and up in y's layout, and for each program a row of dγ_gate and dγ_up, from dh and y.
+
+    Bytes for a bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: keeping N(gate)
+    and N(up) would cost 8 more.
+    With a γ, programs are few and long as in _rms_norm_backward_kernel. A wide row fills a processor's registers alone
+    (three inputs, two sums), so no other program is there to run while it waits for memory; STAGES = 2 has Triton
+    fetch the next row into shared memory meanwhile. γ is loaded again for each row, from the L1 cache: held, the two
+    would take registers that there are not.
+    """
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    used = column < N
+    if gamma_gate is not None:
+        dgamma_gate_ = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if gamma_up is not None:
+        dgamma_up_ = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = tl.program_id(0).to(tl.int64)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
+        here = (row < rows) & (column < M)
+        kept = (row < rows) & used
+        a = tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        b = tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32)
+        dh_ = tl.load(dh + row * DH_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        if NORMED:
+            gate, r_gate = _norm(tl.where(used, a, 0.0), eps, N)
+            up, r_up = _norm(tl.where(used, b, 0.0), eps, N)
+            a, b = gate, up
+            if gamma_gate is not None:
+                gamma_gate_ = tl.load(gamma_gate + column, mask=used, other=0.0)
+                a = gate * gamma_gate_
+            if gamma_up is not None:
+                gamma_up_ = tl.load(gamma_up + column, mask=used, other=0.0)
+                b = up * gamma_up_
+        s = 1.0 / (1.0 + tl.exp(-a))
+        da = dh_ * b * s * (1.0 + a * (1.0 - s))
+        db = dh_ * a * s
+        if NORMED:
+            da, db = tl.where(kept, da, 0.0), tl.where(kept, db, 0.0)  # dh behind N may be anything
+            if gamma_gate is not None:
+                dgamma_gate_ += tl.where(kept, da * gate, 0.0)
+                da *= gamma_gate_
+            if gamma_up is not None:
+                dgamma_up_ += tl.where(kept, db * up, 0.0)
+                db *= gamma_up_
+            da, db = _norm_backward(da, gate, r_gate, N), _norm_backward(db, up, r_up, N)
+        da, db = tl.where(used, da, 0.0), tl.where(used, db, 0.0)
+        tl.store(dy + row * (2 * M) + column, da.to(dy.dtype.element_ty), mask=here)
+        tl.store(dy + row * (2 * M) + M + column, db.to(dy.dtype.element_ty), mask=here)
+    if gamma_gate is not None:
+        tl.store(dgamma_gate + tl.program_id(0) * N + column, tl.sum(dgamma_gate_, axis=0)[None, :], mask=used)
+    if gamma_up is not None:
+        tl.store(dgamma_up + tl.program_id(0) * N + column, tl.sum(dgamma_up_, axis=0)[None, :], mask=used)
+
+
+def _swiglu_tile(m, normed, per_thread):
+    """(rows, columns, warps, programs side by side) of a tile: all m columns where the means need them, else 1024."""
+    tile, columns, warps = _tile(m if normed else min(m, 1024), per_thread)
+    return tile, columns, warps, triton.cdiv(m, columns)
+
+
+@torch.library.custom_op("nanoscale::swiglu", mutates_args=())
+def _swiglu(y: Tensor, n: int, eps: float, normed: bool, gamma_gate: Optional[Tensor],
+            gamma_up: Optional[Tensor]) -> Tensor:
+    m = y.size(-1) // 2
+    h = y.new_empty(*y.shape[:-1], m)
+    y = _rows(y)
+    gammas = [None if gamma is None else gamma.contiguous() for gamma in (gamma_gate, gamma_up)]
+    tile, columns, warps, across = _swiglu_tile(m, normed, 16)
+    _launch(_swiglu_kernel, (triton.cdiv(y.size(0), tile), across), y, *gammas, h, y.size(0), eps,
+            Y_STRIDE=y.stride(0), N=n, M=m, NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps)
+    return h
+
+
+@_swiglu.register_fake
+def _(y, n, eps, normed, gamma_gate, gamma_up):
+    return y.new_empty(*y.shape[:-1], y.size(-1) // 2)
+
+
+@torch.library.custom_op("nanoscale::swiglu_backward", mutates_args=())
+def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool, gamma_gate: Optional[Tensor],
+                     gamma_up: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    m = y.size(-1) // 2
+    dy = y.new_empty(y.shape)
+    dh, y = _rows(dh), _rows(y)
+    gammas = [None if gamma is None else gamma.contiguous() for gamma in (gamma_gate, gamma_up)]
+    tile, columns, warps, across = _swiglu_tile(m, normed, 16)
+    tiles = programs = triton.cdiv(y.size(0), tile)
+    if gamma_gate is not None or gamma_up is not None:
+        programs = _programs(tiles, warps, y.device)
+    dgammas = [None if gamma is None else gamma.new_empty(programs, n) for gamma in gammas]
+    # two rows of three inputs must fit into shared memory, of which a Hopper GPU has 227 KB and others down to 99
+    fits = warps >= 16 and 6 * columns * y.element_size() <= 96 * 1024
+    _launch(_swiglu_backward_kernel, (programs, across), dh, y, *gammas, dy, *dgammas, y.size(0),
+            triton.cdiv(tiles, max(1, programs)), eps, DH_STRIDE=dh.stride(0), Y_STRIDE=y.stride(0), N=n, M=m,
+            NORMED=normed, ROWS=tile, COLUMNS=columns, STAGES=2 if fits else 1, num_warps=warps)
+    return dy, *(y.new_empty(0) if dgamma is None else dgamma.sum(0) for dgamma in dgammas)
+
+
+@_swiglu_backward.register_fake
+def _(dh, y, n, eps, normed, gamma_gate, gamma_up):
+    dgammas = (y.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape) for gamma in (gamma_gate, gamma_up))
+    return y.new_empty(y.shape), *dgammas
+
+
+def _swiglu_context(ctx, inputs, output):
+    y, ctx.n, ctx.eps, ctx.normed, gamma_gate, gamma_up = inputs
+    ctx.save_for_backward(y, gamma_gate, gamma_up)
+
+
+def _swiglu_gradients(ctx, dh):
+    y, *gammas = ctx.saved_tensors
+    dy, *dgammas = _swiglu_backward(dh, y, ctx.n, ctx.eps, ctx.normed, *gammas)
+    return dy, None, None, None, *(None if g is None else dg for g, dg in zip(gammas, dgammas))
+
+
+_swiglu.register_autograd(_swiglu_gradients, setup_context=_swiglu_context)
+
+
 def swiglu(y, n, eps=0.0, normed=False, gammas=(None, None)):
     """
     silu(gate) ⊙ up (SwiGLU, arXiv 2002.05202), each with a norm and its γ before where `normed`, as DNP has it.
@@ -200,6 +524,9 @@ def swiglu(y, n, eps=0.0, normed=False, gammas=(None, None)):
     gate and up, None, (n,) or a row for each row of y, in fp32. Returns (..., m), with zeros behind the first n.
     """
     m = y.size(-1) // 2
+    gammas = gammas if normed else (None, None)
+    if _use_triton(y) and 0 < m and (m <= WIDEST or not normed) and all(_is_vector(gamma, n) for gamma in gammas):
+        return _swiglu(y, n, eps, normed, *gammas)
     gate, _, up, _ = y.split([n, m - n, n, m - n], dim=-1)
     if normed:
         gate, up = rms_norm(gate, eps, gammas[0]), rms_norm(up, eps, gammas[1])
