@@ -25,7 +25,7 @@ import os
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
-from typing import Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -315,6 +315,195 @@ def rms_norm(x, eps, gamma=None, residual=None, group=None):
     return y if residual is None else (y, total)
 
 
+TILE_ROWS, TILE_COLUMNS = 32, 128  # of a weight, for a program: small, so that 768 × 768 make one for each processor
+
+
+@jit
+def _scaled_cast_kernel(w, u, v, out, N: tl.constexpr, K: tl.constexpr, FILLED_N: tl.constexpr,
+                        FILLED_K: tl.constexpr, W_MATRIX: tl.constexpr, W_ROW: tl.constexpr, U_MATRIX: tl.constexpr,
+                        V_MATRIX: tl.constexpr, OUT_MATRIX: tl.constexpr, OUT_ROW: tl.constexpr, ROWS: tl.constexpr,
+                        COLUMNS: tl.constexpr):
+    """
+    out = u ⊙ W ⊙ v in out's dtype for one branch, and zeros around it, up to FILLED_N rows and FILLED_K columns. u and
+    v may be None.
+
+    Bytes for a weight: 4 read and 2 written (bf16), as a cast alone. u and v come from the cache.
+    Nothing here depends on a neighbour, so a program is a tile. All of its accesses are along rows, which is how both
+    matrices lie in memory; grid axis 0, the one that runs first, goes along the row too. W is (matrices, N, K), and
+    out is a slice of what the GEMM reads, so that nothing has to be put together afterwards.
+    """
+    matrix = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < N)[:, None] & (column < K)[None, :]
+    w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=here, other=0.0).to(tl.float32)
+    if v is not None:
+        w_ *= tl.load(v + matrix * V_MATRIX + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
+    if u is not None:
+        w_ *= tl.load(u + matrix * U_MATRIX + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+    w_ = tl.where(here, w_, 0.0)  # where u is infinite, what is filled up is 0 · ∞ by now
+    tl.store(out + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], w_.to(out.dtype.element_ty),
+             mask=(row < FILLED_N)[:, None] & (column < FILLED_K)[None, :])
+
+
+@jit
+def _scaled_cast_backward_kernel(dout, w, u, v, dw, du, dv, N: tl.constexpr, K: tl.constexpr, OUT_MATRIX: tl.constexpr,
+                                 OUT_ROW: tl.constexpr, W_MATRIX: tl.constexpr, W_ROW: tl.constexpr,
+                                 U_MATRIX: tl.constexpr, V_MATRIX: tl.constexpr, DU_ROW: tl.constexpr,
+                                 DV_MATRIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    With G the gradient of out: dW = u ⊙ G ⊙ v; du, the sums over rows of G ⊙ W ⊙ v; dv, the sums over columns of
+    u ⊙ G ⊙ W. Any of the three may be None, which is then not computed.
+
+    Bytes for a weight: 6 read (G in bf16, W) and 4 written (dW), whichever of du and dv are due. A pass for each of the
+    three would move 18.
+    A tile leaves its own share of both sums: du, (matrices, N, DU_ROW), a number for each of its rows and dv,
+    (matrices, row tiles, K), one for each of its columns; all are added up behind the kernel. A program with whole
+    rows would have du complete, but a small matrix has too few rows for that to occupy a GPU. The shares are
+    4/TILE_COLUMNS + 4/TILE_ROWS bytes for a weight, and written, then read: 3% of the traffic.
+    """
+    matrix = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < N)[:, None] & (column < K)[None, :]
+    g = tl.load(dout + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], mask=here, other=0.0)
+    g = g.to(tl.float32)
+    gu, gv, guv = g, g, g
+    if v is not None:
+        v_ = tl.load(v + matrix * V_MATRIX + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
+        gv = g * v_
+        guv = gv
+    if u is not None:
+        u_ = tl.load(u + matrix * U_MATRIX + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+        gu = g * u_
+        guv = gv * u_
+    if dw is not None:
+        tl.store(dw + matrix * (N * K) + row[:, None] * K + column[None, :], guv.to(dw.dtype.element_ty), mask=here)
+    if du is not None or dv is not None:
+        w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=here, other=0.0)
+        w_ = w_.to(tl.float32)
+        if du is not None:
+            tl.store(du + (matrix * N + row) * DU_ROW + tl.program_id(0), tl.sum(gv * w_, axis=1), mask=row < N)
+        if dv is not None:
+            tl.store(dv + matrix * DV_MATRIX + tl.program_id(1).to(tl.int64) * K + column, tl.sum(gu * w_, axis=0),
+                     mask=column < K)
+
+
+def _stack(x, dims):
+    """x as a stack of its last `dims` dimensions, and the distance from one to the next: 0 where all share one."""
+    x = x.unsqueeze(0).flatten(0, -1 - dims)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, 0 if x.size(0) == 1 else x.stride(0)
+
+
+def _branches(buffer, weights, us, u_of, vs, v_of, align):
+    """For each branch: its slice of the buffer, its weight, u and v, and the constants that both kernels take."""
+    buffer, out_matrix = _stack(buffer, 2)
+    at = 0
+    for weight, i, j in zip(weights, u_of, v_of):
+        (w, w_matrix), n = _stack(weight, 2), weight.size(-2)
+        u, u_matrix = (None, 0) if i < 0 else _stack(us[i], 1)
+        v, v_matrix = (None, 0) if j < 0 else _stack(vs[j], 1)
+        yield buffer[:, at:at + n + -n % align], w, u, v, dict(
+            N=n, K=w.size(2), W_MATRIX=w_matrix, W_ROW=w.stride(1), U_MATRIX=u_matrix, V_MATRIX=v_matrix,
+            OUT_MATRIX=out_matrix, OUT_ROW=buffer.stride(1), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS)
+        at += n + -n % align
+
+
+@torch.library.custom_op("nanoscale::scaled_cast", mutates_args=())
+def _scaled_cast(weights: Sequence[Tensor], us: Sequence[Tensor], u_of: Sequence[int], vs: Sequence[Tensor],
+                 v_of: Sequence[int], dtype: torch.dtype, align: int, align_columns: int) -> Tensor:
+    # u_of, v_of: which of us and vs is each weight's, or -1. A list with None in it gets no gradients from torch.
+    out = _empty_buffer(weights, dtype, align, align_columns)
+    for part, w, u, v, constants in _branches(out, weights, us, u_of, vs, v_of, align):
+        matrices, n, k = part.shape
+        _launch(_scaled_cast_kernel, (triton.cdiv(k, TILE_COLUMNS), triton.cdiv(n, TILE_ROWS), matrices), w, u, v, part,
+                FILLED_N=n, FILLED_K=k, num_warps=4, **constants)
+    return out
+
+
+@_scaled_cast.register_fake
+def _(weights, us, u_of, vs, v_of, dtype, align, align_columns):
+    return _empty_buffer(weights, dtype, align, align_columns)
+
+
+def _empty_buffer(weights, dtype, align, align_columns):
+    n, k = sum(w.size(-2) + -w.size(-2) % align for w in weights), weights[0].size(-1)
+    return weights[0].new_empty((*weights[0].shape[:-2], n, k + -k % align_columns), dtype=dtype)
+
+
+@torch.library.custom_op("nanoscale::scaled_cast_backward", mutates_args=())
+def _scaled_cast_backward(dout: Tensor, weights: Sequence[Tensor], us: Sequence[Tensor], u_of: Sequence[int],
+                          vs: Sequence[Tensor], v_of: Sequence[int], align: int, w_due: Sequence[bool],
+                          u_due: Sequence[bool], v_due: Sequence[bool]) -> List[Tensor]:
+    # The gradients that are due, of weights, us and vs in this order.
+    matrices, k = weights[0].shape[:-2].numel(), weights[0].size(-1)
+    row_tiles, column_tiles = [triton.cdiv(w.size(-2), TILE_ROWS) for w in weights], triton.cdiv(k, TILE_COLUMNS)
+    dws = [w.new_empty(w.shape) if due else None for w, due in zip(weights, w_due)]
+    # Branches that share a vector leave their tiles' sums beside each other, and one sum over them is its gradient.
+    dus = [u.new_empty((matrices, u.size(-1), column_tiles * u_of.count(i)), dtype=torch.float32) if due else None
+           for i, (u, due) in enumerate(zip(us, u_due))]
+    dvs = [v.new_empty((matrices, sum(t for t, of in zip(row_tiles, v_of) if of == j), k), dtype=torch.float32)
+           if due else None for j, (v, due) in enumerate(zip(vs, v_due))]
+    u_at, v_at = [0] * len(us), [0] * len(vs)
+    branches = _branches(dout.contiguous(), weights, us, u_of, vs, v_of, align)
+    for (part, w, u, v, constants), dw, i, j, tiles in zip(branches, dws, u_of, v_of, row_tiles):
+        du = dv = None
+        if i >= 0 and u_due[i]:
+            du = dus[i][:, :, u_at[i]:]
+            u_at[i] += column_tiles
+        if j >= 0 and v_due[j]:
+            dv = dvs[j][:, v_at[j]:]
+            v_at[j] += tiles
+        _launch(_scaled_cast_backward_kernel, (column_tiles, tiles, matrices), part, w, u, v, dw, du, dv,
+                DU_ROW=0 if du is None else du.stride(1), DV_MATRIX=0 if dv is None else dv.stride(0), num_warps=4,
+                **constants)
+    dus = [None if du is None else du.sum((0, 2) if u.dim() == 1 else 2).view(u.shape).to(u.dtype)
+           for u, du in zip(us, dus)]
+    dvs = [None if dv is None else dv.sum((0, 1) if v.dim() == 1 else 1).view(v.shape).to(v.dtype)
+           for v, dv in zip(vs, dvs)]
+    return [d for d in (*dws, *dus, *dvs) if d is not None]
+
+
+@_scaled_cast_backward.register_fake
+def _(dout, weights, us, u_of, vs, v_of, align, w_due, u_due, v_due):
+    inputs = zip((*weights, *us, *vs), (*w_due, *u_due, *v_due))
+    return [x.new_empty(x.shape) for x, due in inputs if due]
+
+
+def _scaled_cast_context(ctx, inputs, output):
+    weights, us, ctx.u_of, vs, ctx.v_of, _, ctx.align, _ = inputs
+    ctx.splits = len(weights), len(weights) + len(us)
+    ctx.save_for_backward(*weights, *us, *vs)
+
+
+def _scaled_cast_gradients(ctx, dout):
+    a, b = ctx.splits
+    saved = ctx.saved_tensors
+    w_due, u_due, v_due = (list(ctx.needs_input_grad[i]) for i in (0, 1, 3))
+    due = iter(_scaled_cast_backward(dout, saved[:a], saved[a:b], ctx.u_of, saved[b:], ctx.v_of, ctx.align, w_due,
+                                     u_due, v_due))
+    dws, dus, dvs = ([next(due) if wanted else None for wanted in part] for part in (w_due, u_due, v_due))
+    return dws, dus, None, dvs, None, None, None, None
+
+
+_scaled_cast.register_autograd(_scaled_cast_gradients, setup_context=_scaled_cast_context)
+
+
+def _distinct(vectors):
+    """[a, None, a, b] as [a, b] and where in it each is, [0, -1, 0, 1]: a vector that is shared gets one gradient."""
+    distinct, of = [], []
+    for x in vectors:
+        if x is None:
+            of.append(-1)
+            continue
+        at = [i for i, other in enumerate(distinct) if other is x]
+        of.append(at[0] if at else len(distinct))
+        if not at:
+            distinct.append(x)
+    return distinct, of
+
+
 def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
     """
     dtype(u ⊙ W ⊙ v) of each branch, one below the other: the matrix that a GEMM reads, scale vectors included.
@@ -327,6 +516,13 @@ def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
         give them that for nothing.
     Returns (..., sum of N_c filled up, K filled up); the weight itself where there is nothing to do.
     """
+    alone = len(weights) == 1 and us[0] is None and vs[0] is None
+    aligned = not any(w.size(-2) % align or w.size(-1) % align_columns for w in weights)
+    fits = all((u is None or u.shape in (w.shape[-2:-1], w.shape[:-1]))
+               and (v is None or v.shape in (w.shape[-1:], (*w.shape[:-2], w.size(-1))))
+               for w, u, v in zip(weights, us, vs))
+    if _use_triton(weights[0]) and dtype != torch.float64 and fits and not (alone and aligned):
+        return _scaled_cast(weights, *_distinct(us), *_distinct(vs), dtype, align, align_columns)
     parts = []
     for weight, u, v in zip(weights, us, vs):
         fill = -weight.size(-1) % align_columns, -weight.size(-2) % align
@@ -346,6 +542,180 @@ def apply_rope(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+@jit
+def _load_heads(x, token, head, n: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """The two halves of some of the n heads of a token in fp32, and zeros for a head that is none of the n."""
+    channel = tl.arange(0, HALF)[None, :]
+    here = (head >= 0) & (head < n) & (channel < D // 2)
+    at = x + token * (n * D) + head * D + channel
+    a = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    b = tl.load(at + D // 2, mask=here, other=0.0).to(tl.float32)
+    return a, b
+
+
+@jit
+def _store_heads(x, token, head, a, b, n: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    channel = tl.arange(0, HALF)[None, :]
+    here = (head >= 0) & (head < n) & (channel < D // 2)
+    at = x + token * (n * D) + head * D + channel
+    tl.store(at, a.to(x.dtype.element_ty), mask=here)
+    tl.store(at + D // 2, b.to(x.dtype.element_ty), mask=here)
+
+
+@jit
+def _load_angles(cos, sin, t, D: tl.constexpr, HALF: tl.constexpr):
+    channel = tl.arange(0, HALF)[None, :]
+    at, here = t * (D // 2) + channel, channel < D // 2
+    cos_ = tl.load(cos + at, mask=here, other=0.0).to(tl.float32)
+    return cos_, tl.load(sin + at, mask=here, other=0.0).to(tl.float32)
+
+
+@jit
+def _qk_norm_rope_kernel(y, cos, sin, gamma, q, k, v, T, y_batch, eps, Y_ROW: tl.constexpr, N_Q: tl.constexpr,
+                         N_KV: tl.constexpr, NORMED: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                         HALF: tl.constexpr):
+    """
+    q, k and v from a token's row of heads: γ ⊙ N(head) for the first NORMED of them, RoPE for those of q and k. gamma,
+    (NORMED, D), may be None.
+
+    Bytes for a bf16 number: 2 read and 2 written. Norm, γ, RoPE and the split one after the other would be 16 or more.
+    RoPE turns channel i with channel i + D/2, so a head is read as two halves, and then no channel has to find its
+    partner in another thread's registers. A program takes HEADS heads of one token, since they share cos and sin:
+    a program for one head of many tokens would read 8 bytes of these for each 4 of its own. Heads of q, k and v are
+    alike to it but for where they go.
+    """
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    batch, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
+    a, b = _load_heads(y + batch * y_batch + t.to(tl.int64) * Y_ROW, 0, head, N_Q + 2 * N_KV, D, HALF)
+    if NORMED:
+        r = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+        r = tl.where(head < NORMED, r, 1.0)
+        a, b = a * r, b * r
+        if gamma is not None:
+            gamma_a, gamma_b = _load_heads(gamma, 0, head, NORMED, D, HALF)
+            a, b = tl.where(head < NORMED, a * gamma_a, a), tl.where(head < NORMED, b * gamma_b, b)
+    cos_, sin_ = _load_angles(cos, sin, t, D, HALF)
+    turned = head < N_Q + N_KV  # and not cos = 1, sin = 0 for v: an infinite channel would make its partner 0 · ∞
+    a, b = tl.where(turned, a * cos_ - b * sin_, a), tl.where(turned, b * cos_ + a * sin_, b)
+    token = batch * T + t
+    _store_heads(q, token, head, a, b, N_Q, D, HALF)
+    _store_heads(k, token, head - N_Q, a, b, N_KV, D, HALF)
+    _store_heads(v, token, head - N_Q - N_KV, a, b, N_KV, D, HALF)
+
+
+@jit
+def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T, tokens, y_batch, eps,
+                                  Y_ROW: tl.constexpr, N_Q: tl.constexpr, N_KV: tl.constexpr, NORMED: tl.constexpr,
+                                  D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """
+    dy from dq, dk and dv, and for each program along grid axis 0 a row of dγ, (NORMED, D), the sum over its tokens. y
+    is read where there is a norm, whose r it gives again.
+
+    Bytes for a bf16 number: 4 read and 2 written; without a norm 2 and 2. dq, dk and dv are read where they are:
+    joined first, they would be read and written once more.
+    RoPE's transpose turns back by the same angle. Then dn = γ ⊙ dz, and dy = r (dn − n · mean(n ⊙ dn)) for n = r y. A
+    head's γ and its gradient stay in registers over all the tokens that a program takes, every so-manieth. Without γ a
+    program takes one token.
+    """
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    turned, normed = head < N_Q + N_KV, head < NORMED
+    if gamma is not None:
+        gamma_a, gamma_b = _load_heads(gamma, 0, head, NORMED, D, HALF)
+        dgamma_a = tl.zeros((HEADS, HALF), tl.float32)
+        dgamma_b = tl.zeros((HEADS, HALF), tl.float32)
+    for i in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        batch, t = (i // T).to(tl.int64), i % T
+        token = batch * T + t
+        q_a, q_b = _load_heads(dq, token, head, N_Q, D, HALF)
+        k_a, k_b = _load_heads(dk, token, head - N_Q, N_KV, D, HALF)
+        v_a, v_b = _load_heads(dv, token, head - N_Q - N_KV, N_KV, D, HALF)
+        a, b = q_a + k_a + v_a, q_b + k_b + v_b  # a head is in one of them, and zeros in the others
+        cos_, sin_ = _load_angles(cos, sin, t, D, HALF)
+        a, b = tl.where(turned, a * cos_ + b * sin_, a), tl.where(turned, b * cos_ - a * sin_, b)
+        if NORMED:
+            n_a, n_b = _load_heads(y + batch * y_batch + t.to(tl.int64) * Y_ROW, 0, head, N_Q + 2 * N_KV, D, HALF)
+            r = tl.rsqrt((tl.sum(n_a * n_a, axis=1) + tl.sum(n_b * n_b, axis=1)) / D + eps)[:, None]
+            n_a, n_b = n_a * r, n_b * r
+            dn_a, dn_b = a, b
+            if gamma is not None:
+                dgamma_a += a * n_a
+                dgamma_b += b * n_b
+                dn_a, dn_b = a * gamma_a, b * gamma_b
+            c = ((tl.sum(n_a * dn_a, axis=1) + tl.sum(n_b * dn_b, axis=1)) / D)[:, None]
+            a, b = tl.where(normed, r * (dn_a - c * n_a), a), tl.where(normed, r * (dn_b - c * n_b), b)
+        _store_heads(dy, token, head, a, b, N_Q + 2 * N_KV, D, HALF)
+    if gamma is not None:
+        _store_heads(dgamma, tl.program_id(0), head, dgamma_a, dgamma_b, NORMED, D, HALF)
+
+
+def _head_tile(cos, n_head, n_kv_head):
+    """Constants of both kernels, and how many programs share a token: 512 pairs of channels each, for 64 threads."""
+    heads, half = n_head + 2 * n_kv_head, triton.next_power_of_2(cos.size(-1))
+    tile = min(max(1, 512 // half), triton.next_power_of_2(heads))
+    constants = dict(N_Q=n_head, N_KV=n_kv_head, D=2 * cos.size(-1), HEADS=tile, HALF=half, num_warps=2)
+    return constants, triton.cdiv(heads, tile)
+
+
+@torch.library.custom_op("nanoscale::qk_norm_rope", mutates_args=())
+def _qk_norm_rope(y: Tensor, cos: Tensor, sin: Tensor, gamma: Optional[Tensor], n_head: int, n_kv_head: int,
+                  normed: int, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _empty_heads(y, cos, n_head, n_kv_head)
+    y = y if y.stride(-1) == 1 else y.contiguous()
+    constants, blocks = _head_tile(cos, n_head, n_kv_head)
+    _launch(_qk_norm_rope_kernel, (y.size(0) * y.size(1), blocks), y, cos.contiguous(), sin.contiguous(),
+            None if gamma is None else gamma.contiguous(), q, k, v, y.size(1), y.stride(0), eps, Y_ROW=y.stride(1),
+            NORMED=normed, **constants)
+    return q, k, v
+
+
+@_qk_norm_rope.register_fake
+def _(y, cos, sin, gamma, n_head, n_kv_head, normed, eps):
+    return _empty_heads(y, cos, n_head, n_kv_head)
+
+
+def _empty_heads(y, cos, *heads):
+    n_head, n_kv_head = heads
+    return tuple(y.new_empty((*y.shape[:2], n, 2 * cos.size(-1))) for n in (n_head, n_kv_head, n_kv_head))
+
+
+@torch.library.custom_op("nanoscale::qk_norm_rope_backward", mutates_args=())
+def _qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Optional[Tensor], cos: Tensor, sin: Tensor,
+                           gamma: Optional[Tensor], normed: int, eps: float) -> Tuple[Tensor, Tensor]:
+    (B, T, n_head, d), n_kv_head = dq.shape, dk.size(2)
+    dy = dq.new_empty((B, T, (n_head + 2 * n_kv_head) * d))
+    constants, blocks = _head_tile(cos, n_head, n_kv_head)
+    programs = B * T
+    if gamma is not None:
+        programs = min(B * T, max(1, _programs(B * T * blocks, constants["num_warps"], dq.device) // blocks))
+    dgamma = None if gamma is None else gamma.new_empty((programs, *gamma.shape), dtype=torch.float32)
+    y = None if y is None else y if y.stride(-1) == 1 else y.contiguous()
+    y_strides = (0, 0) if y is None else y.stride()[:2]
+    _launch(_qk_norm_rope_backward_kernel, (programs, blocks), dq.contiguous(), dk.contiguous(), dv.contiguous(), y,
+            cos.contiguous(), sin.contiguous(), None if gamma is None else gamma.contiguous(), dy, dgamma, T, B * T,
+            y_strides[0], eps, Y_ROW=y_strides[1], NORMED=normed, **constants)
+    return dy, dq.new_empty(0) if gamma is None else dgamma.sum(0).to(gamma.dtype)
+
+
+@_qk_norm_rope_backward.register_fake
+def _(dq, dk, dv, y, cos, sin, gamma, normed, eps):
+    dy = dq.new_empty((*dq.shape[:2], (dq.size(2) + 2 * dk.size(2)) * dq.size(3)))
+    return dy, dq.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+
+
+def _qk_norm_rope_context(ctx, inputs, output):
+    y, cos, sin, gamma, _, _, ctx.normed, ctx.eps = inputs
+    ctx.save_for_backward(y if ctx.normed else None, cos, sin, gamma)  # a rotation alone need not keep what it turned
+
+
+def _qk_norm_rope_gradients(ctx, dq, dk, dv):
+    y, cos, sin, gamma = ctx.saved_tensors
+    dy, dgamma = _qk_norm_rope_backward(dq, dk, dv, y, cos, sin, gamma, ctx.normed, ctx.eps)
+    return dy, None, None, None if gamma is None else dgamma, None, None, None, None
+
+
+_qk_norm_rope.register_autograd(_qk_norm_rope_gradients, setup_context=_qk_norm_rope_context)
+
+
 def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(None, None, None), group=None):
     """
     q, k and v for attention, from a GEMM's rows that hold all three: a norm with its γ, then RoPE on q and k.
@@ -356,6 +726,13 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(Non
     Returns q (B, T, n_head, d_head), k and v (B, T, n_kv_head, d_head).
     """
     d = 2 * cos.size(-1)
+    if _use_triton(y) and normed in ("", "qk", "qkv") and (not normed or group == d):
+        # γ as one number for each channel of each head that has a norm; autograd undoes this for those that share it
+        sizes, gamma = {"q": n_head, "k": n_kv_head, "v": n_kv_head}, None
+        if any(g is not None for _, g in zip(normed, gammas)):
+            gamma = torch.cat([torch.ones((sizes[c], d), device=y.device) if g is None
+                               else g.view(-1, d).expand(sizes[c], d) for c, g in zip(normed, gammas)])
+        return _qk_norm_rope(y, cos, sin, gamma, n_head, n_kv_head, sum(sizes[c] for c in normed), eps)
     heads = []
     for name, x, gamma in zip("qkv", y.split([n_head * d, n_kv_head * d, n_kv_head * d], dim=-1), gammas):
         if name in normed:
