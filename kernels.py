@@ -751,8 +751,8 @@ def _swiglu_kernel(y, gamma_gate, gamma_up, h, rows, eps, Y_STRIDE: tl.constexpr
     Bytes for a bf16 number of h: 4 read and 2 written; the norms add none to them. One after the other, two norms,
     SiLU and product would move 18.
     A program holds whole rows of both halves where it has to know their means, otherwise a piece of the columns.
-    A row is read and written up to M and cut at N behind the load: where the mask ends at a multiple of 16 bytes, all
-    accesses are 16 bytes wide, while one that ends at 4778 numbers would make each 4.
+    Everything is read and written up to M, γ too, and cut at N in registers. M is a multiple of 8, so all accesses are
+    16 bytes wide; a mask that ends at 4778 numbers would make them 4, and one that ends at 3413 only 2.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -763,9 +763,9 @@ def _swiglu_kernel(y, gamma_gate, gamma_up, h, rows, eps, Y_STRIDE: tl.constexpr
         a, _ = _norm(tl.where(used, a, 0.0), eps, N)
         b, _ = _norm(tl.where(used, b, 0.0), eps, N)
         if gamma_gate is not None:
-            a *= tl.load(gamma_gate + column, mask=used, other=0.0)
+            a *= tl.load(gamma_gate + column, mask=column < M, other=0.0)
         if gamma_up is not None:
-            b *= tl.load(gamma_up + column, mask=used, other=0.0)
+            b *= tl.load(gamma_up + column, mask=column < M, other=0.0)
     h_ = tl.where(used, a / (1.0 + tl.exp(-a)) * b, 0.0)
     tl.store(h + row * M + column, h_.to(h.dtype.element_ty), mask=here)
 
@@ -773,16 +773,16 @@ def _swiglu_kernel(y, gamma_gate, gamma_up, h, rows, eps, Y_STRIDE: tl.constexpr
 @jit
 def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma_up, rows, steps, eps,
                             DH_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-                            NORMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+                            NORMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
     dy, the gradients of gate and up in y's layout, and for each program a row of dγ_gate and dγ_up, from dh and y.
 
     Bytes for a bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: keeping N(gate)
     and N(up) would cost 8 more.
-    With a γ, programs are few and long as in _rms_norm_backward_kernel. A wide row fills a processor's registers alone
-    (three inputs, two sums), so no other program is there to run while it waits for memory; STAGES = 2 has Triton
-    fetch the next row into shared memory meanwhile. γ is loaded again for each row, from the L1 cache: held, the two
-    would take registers that there are not.
+    With a γ, programs are few and long as in _rms_norm_backward_kernel. Registers are what is scarce, with three inputs and two
+    sums for each column. So γ is loaded again for each row, from the L1 cache, where it stays; and the launch asks for
+    at most 128 registers a thread, of which a processor's 65,536 are enough for the 16 warps that _programs counts on.
+    Left alone, the compiler takes 170, and a quarter of the programs would wait for the others to end.
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     used = column < N
@@ -791,7 +791,7 @@ def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma
     if gamma_up is not None:
         dgamma_up_ = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = tl.program_id(0).to(tl.int64)
-    for i in tl.range(0, steps, num_stages=STAGES):
+    for i in range(steps):
         row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
         here = (row < rows) & (column < M)
         kept = (row < rows) & used
@@ -803,10 +803,10 @@ def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma
             up, r_up = _norm(tl.where(used, b, 0.0), eps, N)
             a, b = gate, up
             if gamma_gate is not None:
-                gamma_gate_ = tl.load(gamma_gate + column, mask=used, other=0.0)
+                gamma_gate_ = tl.load(gamma_gate + column, mask=column < M, other=0.0)
                 a = gate * gamma_gate_
             if gamma_up is not None:
-                gamma_up_ = tl.load(gamma_up + column, mask=used, other=0.0)
+                gamma_up_ = tl.load(gamma_up + column, mask=column < M, other=0.0)
                 b = up * gamma_up_
         s = 1.0 / (1.0 + tl.exp(-a))
         da = dh_ * b * s * (1.0 + a * (1.0 - s))
@@ -824,9 +824,14 @@ def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma
         tl.store(dy + row * (2 * M) + column, da.to(dy.dtype.element_ty), mask=here)
         tl.store(dy + row * (2 * M) + M + column, db.to(dy.dtype.element_ty), mask=here)
     if gamma_gate is not None:
-        tl.store(dgamma_gate + tl.program_id(0) * N + column, tl.sum(dgamma_gate_, axis=0)[None, :], mask=used)
+        tl.store(dgamma_gate + tl.program_id(0) * M + column, tl.sum(dgamma_gate_, axis=0)[None, :], mask=column < M)
     if gamma_up is not None:
-        tl.store(dgamma_up + tl.program_id(0) * N + column, tl.sum(dgamma_up_, axis=0)[None, :], mask=used)
+        tl.store(dgamma_up + tl.program_id(0) * M + column, tl.sum(dgamma_up_, axis=0)[None, :], mask=column < M)
+
+
+def _filled(gamma, m):
+    """γ with zeros up to m, contiguous; None stays."""
+    return gamma if gamma is None else F.pad(gamma, (0, m - gamma.size(0))).contiguous()
 
 
 def _swiglu_tile(m, normed, per_thread):
@@ -841,7 +846,7 @@ def _swiglu(y: Tensor, n: int, eps: float, normed: bool, gamma_gate: Optional[Te
     m = y.size(-1) // 2
     h = y.new_empty(*y.shape[:-1], m)
     y = _rows(y)
-    gammas = [None if gamma is None else gamma.contiguous() for gamma in (gamma_gate, gamma_up)]
+    gammas = [_filled(gamma, m) for gamma in (gamma_gate, gamma_up)]
     tile, columns, warps, across = _swiglu_tile(m, normed, 16)
     _launch(_swiglu_kernel, (triton.cdiv(y.size(0), tile), across), y, *gammas, h, y.size(0), eps,
             Y_STRIDE=y.stride(0), N=n, M=m, NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps)
@@ -859,18 +864,17 @@ def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool, ga
     m = y.size(-1) // 2
     dy = y.new_empty(y.shape)
     dh, y = _rows(dh), _rows(y)
-    gammas = [None if gamma is None else gamma.contiguous() for gamma in (gamma_gate, gamma_up)]
+    gammas = [_filled(gamma, m) for gamma in (gamma_gate, gamma_up)]
     tile, columns, warps, across = _swiglu_tile(m, normed, 16)
     tiles = programs = triton.cdiv(y.size(0), tile)
     if gamma_gate is not None or gamma_up is not None:
         programs = _programs(tiles, warps, y.device)
-    dgammas = [None if gamma is None else gamma.new_empty(programs, n) for gamma in gammas]
-    # two rows of three inputs must fit into shared memory, of which a Hopper GPU has 227 KB and others down to 99
-    fits = warps >= 16 and 6 * columns * y.element_size() <= 96 * 1024
+    dgammas = [None if gamma is None else gamma.new_empty(programs, m) for gamma in gammas]
     _launch(_swiglu_backward_kernel, (programs, across), dh, y, *gammas, dy, *dgammas, y.size(0),
             triton.cdiv(tiles, max(1, programs)), eps, DH_STRIDE=dh.stride(0), Y_STRIDE=y.stride(0), N=n, M=m,
-            NORMED=normed, ROWS=tile, COLUMNS=columns, STAGES=2 if fits else 1, num_warps=warps)
-    return dy, *(y.new_empty(0) if dgamma is None else dgamma.sum(0) for dgamma in dgammas)
+            NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps,
+            maxnreg=128 if warps <= 16 else None)
+    return dy, *(y.new_empty(0) if dgamma is None else dgamma[:, :n].sum(0) for dgamma in dgammas)
 
 
 @_swiglu_backward.register_fake
