@@ -91,11 +91,11 @@ def _tile(n, per_thread):
     """
     The tile of a program that takes whole rows: (rows, columns, warps) with `per_thread` numbers for each thread.
 
-    Columns are a power of two, which Triton asks for. Narrow rows come several at a time: at least 128 threads with
-    some 16-byte loads each are what keeps enough bytes in flight. More numbers a thread would leave fewer registers
-    than the row needs, and a program with fewer threads can't have them.
+    Columns are a power of two, which Triton asks for. Narrow rows come several at a time, so that each of 128 threads
+    has two or more 16-byte loads to wait for at once; for wide ones there are more threads. Per thread it's 32 numbers
+    where registers allow it, and 16 where a kernel holds several inputs and sums for each.
     """
-    columns = max(16, 1 << (n - 1).bit_length())
+    columns = max(16, triton.next_power_of_2(n))
     return max(1, 128 * per_thread // columns), columns, max(4, columns // (32 * per_thread))
 
 
@@ -103,8 +103,8 @@ def _programs(tiles, warps, device):
     """
     How many programs share the tiles where each sums over its rows: as many as run at once, 16 warps a processor.
 
-    Each leaves a row of partial sums, so more would write more, and a number that depends on anything else than shape
-    and GPU would change the order of sums.
+    Each leaves a row of partial sums, so more of them would write more. The number depends on shape and GPU alone, and
+    with it the order of the sums.
     """
     return min(tiles, _processors(device) * max(1, 16 // warps))
 
@@ -205,8 +205,8 @@ def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps
 
     Bytes for a bf16 number: 4 read and 2 written; with dtotal 6 and 2. Autograd alone would write dx and then read it
     again to add dtotal.
-    With γ, programs are few and long: each takes every so-manieth tile and sums dγ in its registers over all of them,
-    so that what it leaves is a row and not a tile's worth. Without, a tile is a program.
+    With γ, programs are few and long: of P programs, each takes every P-th tile and sums dγ in registers over all of
+    its rows, so that it leaves one row and not a row for each tile. Without γ each tile has a program.
     """
     column = tl.arange(0, COLUMNS)[None, :]
     if gamma is not None:
@@ -233,7 +233,7 @@ def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps
 
 @torch.library.custom_op("nanoscale::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, residual: Optional[Tensor], gamma: Optional[Tensor], eps: float) -> Tuple[Tensor, Tensor]:
-    # an operation returns always as many tensors: total has no elements where there is no residual
+    # An operation always returns the same number of tensors: without a residual, total has no elements.
     n = x.size(-1)
     y, total = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
     x, gamma = _rows(x), None if gamma is None else gamma.contiguous()
@@ -283,7 +283,7 @@ def _rms_norm_gradients(ctx, dy, dtotal):
     x, gamma = ctx.saved_tensors
     if dy is None:
         return dtotal, dtotal, None, None
-    dx, dgamma = _rms_norm_backward(dy, x, gamma, dtotal, ctx.eps)
+    dx, dgamma = _rms_norm_backward(dy, x, gamma, dtotal if ctx.has_residual else None, ctx.eps)
     return dx, dx if ctx.has_residual else None, None if gamma is None else dgamma, None
 
 
@@ -777,12 +777,12 @@ def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma
     """
     dy, the gradients of gate and up in y's layout, and for each program a row of dγ_gate and dγ_up, from dh and y.
 
-    Bytes for a bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: keeping N(gate)
-    and N(up) would cost 8 more.
-    With a γ, programs are few and long as in _rms_norm_backward_kernel. Registers are what is scarce, with three inputs and two
-    sums for each column. So γ is loaded again for each row, from the L1 cache, where it stays; and the launch asks for
-    at most 128 registers a thread, of which a processor's 65,536 are enough for the 16 warps that _programs counts on.
-    Left alone, the compiler takes 170, and a quarter of the programs would wait for the others to end.
+    Bytes for a bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: to keep N(gate)
+    and N(up) would cost the forward pass 4 more, and memory.
+    With a γ, programs are few and long as in _rms_norm_backward_kernel. With three inputs and two sums for each
+    column, registers are scarce. So γ is loaded again for each row, from the L1 cache, where it stays; and the launch
+    asks for at most 128 registers a thread, of which a processor's 65,536 are enough for the 16 warps that _programs
+    counts on. Left alone, the compiler takes 170, and a quarter of the programs would wait until the others end.
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     used = column < N
