@@ -352,15 +352,15 @@ def _scaled_cast_backward_kernel(dout, w, u, v, dw, du, dv, N: tl.constexpr, K: 
                                  U_MATRIX: tl.constexpr, V_MATRIX: tl.constexpr, DU_ROW: tl.constexpr,
                                  DV_MATRIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
-    With G the gradient of out: dW = u ⊙ G ⊙ v; du, the sums over rows of G ⊙ W ⊙ v; dv, the sums over columns of
-    u ⊙ G ⊙ W. Any of the three may be None, which is then not computed.
+    With G the gradient of out: dW = u ⊙ G ⊙ v, du = the sums along rows of G ⊙ W ⊙ v, dv = the sums along columns of
+    u ⊙ G ⊙ W. Any of the three may be None, and is then not computed.
 
-    Bytes for a weight: 6 read (G in bf16, W) and 4 written (dW), whichever of du and dv are due. A pass for each of the
-    three would move 18.
-    A tile leaves its own share of both sums: du, (matrices, N, DU_ROW), a number for each of its rows and dv,
-    (matrices, row tiles, K), one for each of its columns; all are added up behind the kernel. A program with whole
-    rows would have du complete, but a small matrix has too few rows for that to occupy a GPU. The shares are
-    4/TILE_COLUMNS + 4/TILE_ROWS bytes for a weight, and written, then read: 3% of the traffic.
+    Bytes for a weight: 6 read (G in bf16, W) and 4 written (dW), whether du and dv are due or not. A pass for each of
+    the three would move 18.
+    A tile leaves its share of the sums: a number for each of its rows in du, (matrices, N, DU_ROW), and for each of
+    its columns in dv, (matrices, row tiles, K). They are added up behind the kernel. A program with whole rows would
+    have du complete, but 768 rows are too few for that to occupy a GPU. The shares are 4 / COLUMNS + 4 / ROWS bytes
+    for a weight, first written, then read: 3% of the traffic.
     """
     matrix = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -544,7 +544,7 @@ def apply_rope(x, cos, sin):
 
 @jit
 def _load_heads(x, token, head, n: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """The two halves of some of the n heads of a token in fp32, and zeros for a head that is none of the n."""
+    """The two halves of some of the n heads of a token, in fp32, and zeros for a head that is none of the n."""
     channel = tl.arange(0, HALF)[None, :]
     here = (head >= 0) & (head < n) & (channel < D // 2)
     at = x + token * (n * D) + head * D + channel
@@ -578,11 +578,12 @@ def _qk_norm_rope_kernel(y, cos, sin, gamma, q, k, v, T, y_batch, eps, Y_ROW: tl
     q, k and v from a token's row of heads: γ ⊙ N(head) for the first NORMED of them, RoPE for those of q and k. gamma,
     (NORMED, D), may be None.
 
-    Bytes for a bf16 number: 2 read and 2 written. Norm, γ, RoPE and the split one after the other would be 16 or more.
-    RoPE turns channel i with channel i + D/2, so a head is read as two halves, and then no channel has to find its
-    partner in another thread's registers. A program takes HEADS heads of one token, since they share cos and sin:
-    a program for one head of many tokens would read 8 bytes of these for each 4 of its own. Heads of q, k and v are
-    alike to it but for where they go.
+    Bytes for a bf16 number: 2 read and 2 written. Norm, γ and RoPE one after the other would move 12. v is copied even
+    where it has neither, so that y can be freed: a view would keep all three parts of it until the backward pass.
+    RoPE turns channel i together with channel i + D/2, so a head is read as two halves, and then no channel has to
+    find its partner in another thread's registers. A program takes HEADS heads of one token, which share cos and sin:
+    one head of many tokens would read 8 bytes of them for each 4 of its own. Heads of q, k and v differ in where they
+    go, and otherwise by a mask.
     """
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     batch, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
@@ -608,14 +609,13 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
                                   Y_ROW: tl.constexpr, N_Q: tl.constexpr, N_KV: tl.constexpr, NORMED: tl.constexpr,
                                   D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     """
-    dy from dq, dk and dv, and for each program along grid axis 0 a row of dγ, (NORMED, D), the sum over its tokens. y
-    is read where there is a norm, whose r it gives again.
+    dy from dq, dk and dv, and for each program along grid axis 0 a row of dγ, (NORMED, D), the sum over its tokens.
 
-    Bytes for a bf16 number: 4 read and 2 written; without a norm 2 and 2. dq, dk and dv are read where they are:
-    joined first, they would be read and written once more.
-    RoPE's transpose turns back by the same angle. Then dn = γ ⊙ dz, and dy = r (dn − n · mean(n ⊙ dn)) for n = r y. A
-    head's γ and its gradient stay in registers over all the tokens that a program takes, every so-manieth. Without γ a
-    program takes one token.
+    Bytes for a bf16 number: 4 read and 2 written, or 2 and 2 where there is no norm, and so no need of y. dq, dk and
+    dv are read where they are: views of one buffer would have autograd join their gradients, a pass more.
+    RoPE's transpose turns back by the same angle. Then dn = γ ⊙ dz, and dy = r (dn − n · mean(n ⊙ dn)) for n = r y.
+    With γ, programs are few and long: of P programs, each takes every P-th token, and keeps its heads' γ and dγ in
+    registers over all of them. Without γ each token has its own.
     """
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     turned, normed = head < N_Q + N_KV, head < NORMED
@@ -633,7 +633,7 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
         cos_, sin_ = _load_angles(cos, sin, t, D, HALF)
         a, b = tl.where(turned, a * cos_ + b * sin_, a), tl.where(turned, b * cos_ - a * sin_, b)
         if NORMED:
-            n_a, n_b = _load_heads(y + batch * y_batch + t.to(tl.int64) * Y_ROW, 0, head, N_Q + 2 * N_KV, D, HALF)
+            n_a, n_b = _load_heads(y + batch * y_batch + t.to(tl.int64) * Y_ROW, 0, head, NORMED, D, HALF)
             r = tl.rsqrt((tl.sum(n_a * n_a, axis=1) + tl.sum(n_b * n_b, axis=1)) / D + eps)[:, None]
             n_a, n_b = n_a * r, n_b * r
             dn_a, dn_b = a, b
@@ -673,8 +673,7 @@ def _(y, cos, sin, gamma, n_head, n_kv_head, normed, eps):
     return _empty_heads(y, cos, n_head, n_kv_head)
 
 
-def _empty_heads(y, cos, *heads):
-    n_head, n_kv_head = heads
+def _empty_heads(y, cos, n_head, n_kv_head):
     return tuple(y.new_empty((*y.shape[:2], n, 2 * cos.size(-1))) for n in (n_head, n_kv_head, n_kv_head))
 
 
@@ -731,7 +730,7 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(Non
         sizes, gamma = {"q": n_head, "k": n_kv_head, "v": n_kv_head}, None
         if any(g is not None for _, g in zip(normed, gammas)):
             gamma = torch.cat([torch.ones((sizes[c], d), device=y.device) if g is None
-                               else g.view(-1, d).expand(sizes[c], d) for c, g in zip(normed, gammas)])
+                               else g.reshape(-1, d).expand(sizes[c], d) for c, g in zip(normed, gammas)])
         return _qk_norm_rope(y, cos, sin, gamma, n_head, n_kv_head, sum(sizes[c] for c in normed), eps)
     heads = []
     for name, x, gamma in zip("qkv", y.split([n_head * d, n_kv_head * d, n_kv_head * d], dim=-1), gammas):
