@@ -756,16 +756,16 @@ def _swiglu_kernel(y, gamma_gate, gamma_up, h, rows, eps, Y_STRIDE: tl.constexpr
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     here, used = (row < rows) & (column < M), column < N
-    a = tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32)
-    b = tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32)
+    a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
+    b = tl.where(used, tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32), 0.0)
     if NORMED:
-        a, _ = _norm(tl.where(used, a, 0.0), eps, N)
-        b, _ = _norm(tl.where(used, b, 0.0), eps, N)
+        a, _ = _norm(a, eps, N)
+        b, _ = _norm(b, eps, N)
         if gamma_gate is not None:
             a *= tl.load(gamma_gate + column, mask=column < M, other=0.0)
         if gamma_up is not None:
             b *= tl.load(gamma_up + column, mask=column < M, other=0.0)
-    h_ = tl.where(used, a / (1.0 + tl.exp(-a)) * b, 0.0)
+    h_ = tl.where(used, a / (1.0 + tl.exp(-a)) * b, 0.0)  # again, since 0 · r is NaN in a row of NaN
     tl.store(h + row * M + column, h_.to(h.dtype.element_ty), mask=here)
 
 
@@ -784,7 +784,6 @@ def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma
     counts on. Left alone, the compiler takes 170, and a quarter of the programs would wait until the others end.
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    used = column < N
     if gamma_gate is not None:
         dgamma_gate_ = tl.zeros((ROWS, COLUMNS), tl.float32)
     if gamma_up is not None:
@@ -792,14 +791,13 @@ def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma
     first = tl.program_id(0).to(tl.int64)
     for i in range(steps):
         row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
-        here = (row < rows) & (column < M)
-        kept = (row < rows) & used
-        a = tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32)
-        b = tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32)
-        dh_ = tl.load(dh + row * DH_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        here, used = (row < rows) & (column < M), (row < rows) & (column < N)
+        a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
+        b = tl.where(used, tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32), 0.0)
+        dh_ = tl.where(used, tl.load(dh + row * DH_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
         if NORMED:
-            gate, r_gate = _norm(tl.where(used, a, 0.0), eps, N)
-            up, r_up = _norm(tl.where(used, b, 0.0), eps, N)
+            gate, r_gate = _norm(a, eps, N)
+            up, r_up = _norm(b, eps, N)
             a, b = gate, up
             if gamma_gate is not None:
                 gamma_gate_ = tl.load(gamma_gate + column, mask=column < M, other=0.0)
@@ -811,12 +809,11 @@ def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma
         da = dh_ * b * s * (1.0 + a * (1.0 - s))
         db = dh_ * a * s
         if NORMED:
-            da, db = tl.where(kept, da, 0.0), tl.where(kept, db, 0.0)  # dh behind N may be anything
             if gamma_gate is not None:
-                dgamma_gate_ += tl.where(kept, da * gate, 0.0)
+                dgamma_gate_ += tl.where(used, da * gate, 0.0)
                 da *= gamma_gate_
             if gamma_up is not None:
-                dgamma_up_ += tl.where(kept, db * up, 0.0)
+                dgamma_up_ += tl.where(used, db * up, 0.0)
                 db *= gamma_up_
             da, db = _norm_backward(da, gate, r_gate, N), _norm_backward(db, up, r_up, N)
         da, db = tl.where(used, da, 0.0), tl.where(used, db, 0.0)
@@ -833,9 +830,9 @@ def _filled(gamma, m):
     return gamma if gamma is None else F.pad(gamma, (0, m - gamma.size(0))).contiguous()
 
 
-def _swiglu_tile(m, normed, per_thread):
-    """(rows, columns, warps, programs side by side) of a tile: all m columns where the means need them, else 1024."""
-    tile, columns, warps = _tile(m if normed else min(m, 1024), per_thread)
+def _swiglu_tile(m, normed):
+    """(rows, columns, warps, tiles side by side): all m columns in one where the means need them, else 1024."""
+    tile, columns, warps = _tile(m if normed else min(m, 1024), 16)
     return tile, columns, warps, triton.cdiv(m, columns)
 
 
@@ -846,7 +843,7 @@ def _swiglu(y: Tensor, n: int, eps: float, normed: bool, gamma_gate: Optional[Te
     h = y.new_empty(*y.shape[:-1], m)
     y = _rows(y)
     gammas = [_filled(gamma, m) for gamma in (gamma_gate, gamma_up)]
-    tile, columns, warps, across = _swiglu_tile(m, normed, 16)
+    tile, columns, warps, across = _swiglu_tile(m, normed)
     _launch(_swiglu_kernel, (triton.cdiv(y.size(0), tile), across), y, *gammas, h, y.size(0), eps,
             Y_STRIDE=y.stride(0), N=n, M=m, NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps)
     return h
@@ -864,15 +861,14 @@ def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool, ga
     dy = y.new_empty(y.shape)
     dh, y = _rows(dh), _rows(y)
     gammas = [_filled(gamma, m) for gamma in (gamma_gate, gamma_up)]
-    tile, columns, warps, across = _swiglu_tile(m, normed, 16)
+    tile, columns, warps, across = _swiglu_tile(m, normed)
     tiles = programs = triton.cdiv(y.size(0), tile)
     if gamma_gate is not None or gamma_up is not None:
         programs = _programs(tiles, warps, y.device)
     dgammas = [None if gamma is None else gamma.new_empty(programs, m) for gamma in gammas]
     _launch(_swiglu_backward_kernel, (programs, across), dh, y, *gammas, dy, *dgammas, y.size(0),
             triton.cdiv(tiles, max(1, programs)), eps, DH_STRIDE=dh.stride(0), Y_STRIDE=y.stride(0), N=n, M=m,
-            NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps,
-            maxnreg=128 if warps <= 16 else None)
+            NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps, maxnreg=128 if warps <= 16 else None)
     return dy, *(y.new_empty(0) if dgamma is None else dgamma[:, :n].sum(0) for dgamma in dgammas)
 
 
