@@ -145,12 +145,12 @@ class _RMSNorm(torch.autograd.Function):
         x, gamma = ctx.saved_tensors
         x_, dy_ = x.to(_statistics_dtype(x)), dy.to(_statistics_dtype(x))
         r = (x_.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-        dgamma = None
+        xdy, dgamma = x_ * dy_, None
         if gamma is not None:
-            dgamma = (dy_ * x_ * r).sum_to_size(gamma.shape).to(gamma.dtype)
-            dy_ = dy_ * gamma
-        c = (x_ * dy_).mean(-1, keepdim=True) * r.square()
-        return (r * (dy_ - c * x_)).to(x.dtype), dgamma, None
+            dgamma = (xdy * r).sum_to_size(gamma.shape).to(gamma.dtype)
+            xdy, dy_ = xdy * gamma, dy_ * gamma
+        dx = torch.addcmul(dy_, xdy.mean(-1, keepdim=True) * r.square(), x_, value=-1) * r
+        return dx.to(x.dtype), dgamma, None
 
 
 @jit
@@ -896,17 +896,19 @@ def swiglu(y, n, eps=0.0, normed=False, gammas=(None, None)):
     """
     silu(gate) ⊙ up (SwiGLU, arXiv 2002.05202), each with a norm and its γ before where `normed`, as DNP has it.
 
-    y: (..., 2 m), a GEMM's rows: gate in the first n of m ≥ n channels, up in the first n of the other m. gammas: of
-    gate and up, None, (n,) or a row for each row of y, in fp32. Returns (..., m), with zeros behind the first n.
+    y: (..., 2 m), a GEMM's rows: gate in the first n of m ≥ n channels, up in the first n of the other m, and zeros
+    behind each, as scaled_cast's rows of zeros give. gammas: of gate and up, None, (n,) or a row for each row of y, in
+    fp32. Returns (..., m), with zeros behind the first n.
     """
     m = y.size(-1) // 2
     gammas = gammas if normed else (None, None)
     if _use_triton(y) and 0 < m and (m <= WIDEST or not normed) and all(_is_vector(gamma, n) for gamma in gammas):
         return _swiglu(y, n, eps, normed, *gammas)
+    if not normed:
+        gate, up = y.chunk(2, dim=-1)
+        return F.silu(gate) * up
     gate, _, up, _ = y.split([n, m - n, n, m - n], dim=-1)
-    if normed:
-        gate, up = rms_norm(gate, eps, gammas[0]), rms_norm(up, eps, gammas[1])
-    h = F.silu(gate) * up
+    h = F.silu(rms_norm(gate, eps, gammas[0])) * rms_norm(up, eps, gammas[1])
     return F.pad(h, (0, m - n)) if m > n else h
 
 
