@@ -18,7 +18,7 @@ reaches with every input read once and every output written once. Four rules hol
   16 bytes and reads 16 bytes at a time. A model has few.
 
 The operations are opaque to torch.compile (torch.library.custom_op). triton_op would let inductor see the kernels, but
-it passes Python floats, ε, as fp64, and then a GPU computes in fp64 where it is 32 times slower.
+it passes Python floats, ε, as fp64, and a whole kernel may then compute in fp64 behind it.
 """
 
 import os
