@@ -446,7 +446,7 @@ def _scaled_cast_backward(dout: Tensor, weights: Sequence[Tensor], us: Sequence[
     dvs = [v.new_empty((matrices, sum(t for t, of in zip(row_tiles, v_of) if of == j), k), dtype=torch.float32)
            if due else None for j, (v, due) in enumerate(zip(vs, v_due))]
     u_at, v_at = [0] * len(us), [0] * len(vs)
-    branches = _branches(dout.contiguous(), weights, us, u_of, vs, v_of, align)
+    branches = _branches(dout, weights, us, u_of, vs, v_of, align)
     for (part, w, u, v, constants), dw, i, j, tiles in zip(branches, dws, u_of, v_of, row_tiles):
         du = dv = None
         if i >= 0 and u_due[i]:
