@@ -446,7 +446,7 @@ def _scaled_cast_backward(dout: Tensor, weights: Sequence[Tensor], us: Sequence[
     dvs = [v.new_empty((matrices, sum(t for t, of in zip(row_tiles, v_of) if of == j), k), dtype=torch.float32)
            if due else None for j, (v, due) in enumerate(zip(vs, v_due))]
     u_at, v_at = [0] * len(us), [0] * len(vs)
-    branches = _branches(dout.contiguous(), weights, us, u_of, vs, v_of, align)
+    branches = _branches(dout, weights, us, u_of, vs, v_of, align)
     for (part, w, u, v, constants), dw, i, j, tiles in zip(branches, dws, u_of, v_of, row_tiles):
         du = dv = None
         if i >= 0 and u_due[i]:
@@ -662,9 +662,8 @@ def _qk_norm_rope(y: Tensor, cos: Tensor, sin: Tensor, gamma: Optional[Tensor], 
     q, k, v = _empty_heads(y, cos, n_head, n_kv_head)
     y = y if y.stride(-1) == 1 else y.contiguous()
     constants, blocks = _head_tile(cos, n_head, n_kv_head)
-    _launch(_qk_norm_rope_kernel, (y.size(0) * y.size(1), blocks), y, cos.contiguous(), sin.contiguous(),
-            None if gamma is None else gamma.contiguous(), q, k, v, y.size(1), y.stride(0), eps, Y_ROW=y.stride(1),
-            NORMED=normed, **constants)
+    _launch(_qk_norm_rope_kernel, (y.size(0) * y.size(1), blocks), y, cos.contiguous(), sin.contiguous(), gamma, q, k,
+            v, y.size(1), y.stride(0), eps, Y_ROW=y.stride(1), NORMED=normed, **constants)
     return q, k, v
 
 
@@ -690,8 +689,8 @@ def _qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Optional[Tenso
     y = None if y is None else y if y.stride(-1) == 1 else y.contiguous()
     y_strides = (0, 0) if y is None else y.stride()[:2]
     _launch(_qk_norm_rope_backward_kernel, (programs, blocks), dq.contiguous(), dk.contiguous(), dv.contiguous(), y,
-            cos.contiguous(), sin.contiguous(), None if gamma is None else gamma.contiguous(), dy, dgamma, T, B * T,
-            y_strides[0], eps, Y_ROW=y_strides[1], NORMED=normed, **constants)
+            cos.contiguous(), sin.contiguous(), gamma, dy, dgamma, T, B * T, y_strides[0], eps, Y_ROW=y_strides[1],
+            NORMED=normed, **constants)
     return dy, dq.new_empty(0) if gamma is None else dgamma.sum(0).to(gamma.dtype)
 
 
@@ -726,7 +725,7 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(Non
     """
     d = 2 * cos.size(-1)
     if _use_triton(y) and normed in ("", "qk", "qkv") and (not normed or group == d):
-        # γ as one number for each channel of each head that has a norm; autograd undoes this for those that share it
+        # γ as one number for each channel of each head that has a norm. Where heads share one, autograd adds them up.
         sizes, gamma = {"q": n_head, "k": n_kv_head, "v": n_kv_head}, None
         if any(g is not None for _, g in zip(normed, gammas)):
             gamma = torch.cat([torch.ones((sizes[c], d), device=y.device) if g is None

@@ -125,6 +125,13 @@ def test_a_v_that_branches_share_gets_one_sum(launched):
     assert launched == [CAST[0]] * 3 + [CAST[1]] * 3
 
 
+def test_vectors_that_a_stack_shares_get_one_sum():
+    f = lambda w, u, v: scaled_cast([w], [u], [v], torch.float32)
+    inputs, d = [randn(3, 9, 10), vector(9), vector(10)], randn(3, 9, 10)
+    ours, theirs = (outputs_and_grads(f, inputs, [d], way) for way in ("triton", "torch"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("wanted", [w for r in (1, 2) for w in itertools.combinations(range(5), r)])
 def test_only_the_gradients_that_are_due_are_computed(wanted, monkeypatch):
     """Of two weights, u of the first, v of both: what others than the wanted would be is not even written."""
@@ -246,6 +253,7 @@ def test_more_tokens_than_programs(monkeypatch):
 def test_qk_norm_rope_takes_any_layout(layout, normed, gammas):
     (f, _), (y, *gammas), douts = heads(2, 3, 8, 4, 2, normed, gammas)
     plain = outputs_and_grads(f, [y, *gammas], douts, "triton")
+    f = our_heads(*map(strided, tables(3, 8)), 4, 2, normed)
     layouts = [g if g is None else strided(g) for g in gammas]
     other = outputs_and_grads(f, [layout(y), *layouts], [layout(d) for d in douts], "triton")
     torch.testing.assert_close(other, plain)  # on a GPU sums may be taken in another order
