@@ -35,6 +35,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -711,8 +712,9 @@ def by_kernel(events, cuda):
     return rows
 
 
-def bench_profile(a, top=20):
+def bench_profile(a, top=20, steps=5):
     cuda = a.device.type == "cuda"
+    torch._inductor.config.cpp.enable_kernel_profile = True  # a CPU's compiled loops, by name
 
     def measure(size):
         for spec in a.strategies:
@@ -722,23 +724,25 @@ def bench_profile(a, top=20):
                 arm = peer_arms(size, a, [a.compile])[0]["Hugging Face" + ", compiled" * a.compile]
             else:
                 continue
-            wall = arm.seconds(5 if cuda else 2)
+            wall = arm.seconds(steps)
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
             with profile(activities=activities, record_shapes=True) as p:
-                arm.step()
+                for _ in range(steps):
+                    arm.step()
                 if cuda:
                     torch.cuda.synchronize()
-            found = sorted(by_kernel(p.events(), cuda).items(), key=lambda item: -item[1][0])
+            found = {name: [x / steps for x in numbers] for name, numbers in by_kernel(p.events(), cuda).items()}
+            found = sorted(found.items(), key=lambda item: -item[1][0])
             total = sum(seconds for _, (seconds, _, _) in found)
             rest = [sum(column) for column in zip(*(numbers for _, numbers in found[top:]))]
             shown = found[:top] + ([(f"{len(found) - top} others", rest)] if rest else [])
-            rows = [{"ms": f"{1e3 * seconds:.3f}", "calls": calls, "share_%": f"{100 * seconds / total:.1f}",
+            rows = [{"ms": f"{1e3 * seconds:.3f}", "calls": f"{calls:g}", "share_%": f"{100 * seconds / total:.1f}",
                      "argument_mb": f"{moved / 1e6:.2f}" if moved else "",
                      "gb_per_second": f"{moved / seconds / 1e9:.0f}" if moved and seconds else "",
                      "kernel": name.replace("|", "/")[:100]} for name, (seconds, calls, moved) in shown]
             report(f"profile_{Path(size).stem}_{spec.replace(':', '_')}", rows, a, [
-                f"{'Kernels' if cuda else 'Ops'} of one step: {1e3 * total:.2f} ms, {sum(n for _, (_, n, _) in found)} "
-                f"calls; the step takes {1e3 * wall:.2f} ms without the profiler. argument_mb: the tensors that the "
+                f"{'Kernels' if cuda else 'Ops'} of a step, the mean of {steps}: {1e3 * total:.2f} ms, "
+                f"{sum(n for _, (_, n, _) in found):g} calls; the step takes {1e3 * wall:.2f} ms without the profiler. argument_mb: the tensors that the "
                 f"call was given, not those that it made."])
     each_size(a.sizes, measure)
 
