@@ -35,6 +35,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -44,13 +45,14 @@ from ablate import mean_and_half_width
 from configurator import ConfigError, configure, refuse
 from export import hf_config, hf_tensors
 from folding import fold
-from model import ALIGN, GPT
+from model import ALIGN, GPT, rope_tables
 from norms import Branches, ScaleVector
 from optim import make_optimizers, param_groups
 from runs import git_commit, load_checkpoint, save_checkpoint, versions
 from train import PEAK_FLOPS, Settings, gpt_config, pick_device
 
 HERE = Path(__file__).resolve().parent
+# of each verb, where none are named
 STRATEGIES = {"train": ["no_scale", "baseline", "unified"],
               "overhead": ["baseline", "hg", "dp", "or", "unified", "baseline:unfolded", "hg:unfolded", "dp:unfolded",
                            "unified:unfolded"],
@@ -135,6 +137,7 @@ def machine(device):
 def report(name, rows, a, notes=()):
     """Print rows as a table, and write them with the machine to NAME.csv and NAME.md in a.out."""
     columns, where = list(rows[0]), machine(a.device)
+    command = " ".join(arg for arg in a.command if not arg.startswith(("--out", "--minutes")))
     lines = [dict(zip(columns, columns)), *rows]
     widths = [max(len(str(line[c])) for line in lines) for c in columns]
     print(f"\n{name}")
@@ -151,7 +154,7 @@ def report(name, rows, a, notes=()):
     said = [f"{key} {value}" for key, value in where.items()]
     (a.out / f"{name}.md").write_text("\n".join([
         *table, "", *notes, *([""] if notes else []),
-        f"`python bench.py {' '.join(a.command)}`: {', '.join(said)}"]) + "\n", encoding="utf-8")
+        f"`python bench.py {command}`: {', '.join(said)}"]) + "\n", encoding="utf-8")
 
 
 def each_size(sizes, measure):
@@ -163,6 +166,7 @@ def each_size(sizes, measure):
         except (torch.OutOfMemoryError, NotTheSame) as e:
             print(f"bench.py: {size}: {str(e).splitlines()[0]}", file=sys.stderr)
             failed = True
+        torch._dynamo.reset()  # compiled code may hold on to a model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if failed:
@@ -248,9 +252,9 @@ def cases(s, tokens, device, dtype):
                    lambda *i, k=k: kernels.scaled_cast(i[:k], i[k:2 * k], i[2 * k:], dtype, ALIGN),
                    NK * (4 + e), NK * (12 + 2 * e))
     yield Case("scaled_cast down", (rand(n, config.ffn_dim, of=torch.float32),), lambda w: kernels.scaled_cast(
-        [w], [None], [None], dtype, align_columns=ALIGN), n * config.ffn_dim * (4 + e), n * config.ffn_dim * (8 + 2 * e))
+        [w], [None], [None], dtype, align_columns=ALIGN), NK // 2 * (4 + e), NK // 2 * (8 + 2 * e))
 
-    cos, sin = (t.to(device) for t in rope_tables(config, T))
+    cos, sin = (t.to(device) for t in rope_tables(d, T, config.rope_theta))
     Y, QK = B * T * width * e, B * T * (h + kv) * d * e
     # v need not move where it has no norm; its gradient does, into its place beside q's and k's
     yield Case("rope", (rand(B, T, width),), lambda y: kernels.qk_norm_rope(y, cos, sin, h, kv), 2 * QK, 2 * QK + 2 * Y)
@@ -264,11 +268,6 @@ def cases(s, tokens, device, dtype):
                peers("swiglu", lambda f: f))
     yield Case("swiglu dual_norm", (rand(B, T, 2 * m), gamma(config.ffn_dim), gamma(config.ffn_dim)),
                lambda y, *g: kernels.swiglu(y, config.ffn_dim, eps, True, g), 3 * H, 8 * H)
-
-
-def rope_tables(config, T):
-    from model import rope_tables as tables
-    return tables(config.d_head, T, config.rope_theta)
 
 
 def backend(name):
@@ -354,7 +353,7 @@ def bench_kernels(a):
             if not a.rounds:  # prebuild
                 continue
             times = alternate(timings, a.rounds, a.deadline)
-            rows += kernel_rows(Path(size).stem, case, times, copied)
+            rows += kernel_rows(size_name(size), case, times, copied)
     if rows:
         verdicts = kept(rows)
         for row in rows:
@@ -403,6 +402,10 @@ def settings_of(size, strategy="baseline"):
     """train.py's settings of a size, a name in config/size or a file, and a strategy, a name in config."""
     path = size if size.endswith(".py") else f"{HERE}/config/size/{size}.py"
     return configure(Settings, [path, f"{HERE}/config/{strategy}.py"])[0]
+
+
+def size_name(size):
+    return Path(size).name.removesuffix(".py")  # not its stem, which of llama_0.12b is llama_0
 
 
 def tensor_bytes(tensors):
@@ -553,7 +556,7 @@ def bench_overhead(a):
                              "ratio": f"{ratio:.4f}", "low": f"{low:.4f}", "high": f"{high:.4f}",
                              "memory_ratio": f"{memory[spec] / memory[f'{spec}:unfolded']:.4f}"})
         n = len(next(iter(times.values())))
-        report(f"overhead_{Path(size).stem}", rows, a, [
+        report(f"overhead_{size_name(size)}", rows, a, [
             f"{tokens} tokens a step, {str(a.dtype).removeprefix('torch.')}, "
             f"{'compiled' if a.compile else 'eager'}, {n} rounds of {a.block} steps for each. ratio: of step times, "
             f"with its 95% interval."])
@@ -651,11 +654,12 @@ def bench_peers(a):
         return
 
     def measure(size):
-        arms, same = peer_arms(size, a, (False,) if a.compile is False else (False, True))
-        ours = arms["nanoScale"]
-        tokens = next(ours.batches)[0].numel()
+        ways = (False,) if a.compile is False else (False, True) if a.rounds else (True,)
+        arms, same = peer_arms(size, a, ways)
         if not a.rounds:
             return
+        ours = arms["nanoScale"]
+        tokens = next(ours.batches)[0].numel()
         memory = {name: arm.memory_mb() for name, arm in arms.items()}
         times = alternate({name: lambda arm=arm: arm.seconds(a.block) for name, arm in arms.items()}, a.rounds,
                           a.deadline)
@@ -668,7 +672,7 @@ def bench_peers(a):
                 row.update(zip(("times_theirs", "low", "high"), (f"{r:.3f}" for r in ratio)))
             rows.append(row)
         n = len(times["nanoScale"])
-        report(f"peers_{Path(size).stem}", rows, a, [
+        report(f"peers_{size_name(size)}", rows, a, [
             same, f"{tokens} tokens a step, {str(a.dtype).removeprefix('torch.')}, {n} rounds of {a.block} steps for "
                   f"each; sdpa attention, AdamW and clipping the same. times_theirs: tokens per second over Hugging "
                   f"Face's, eager over eager and compiled over compiled, with its 95% interval."])
@@ -679,7 +683,9 @@ def bench_peers(a):
 # profile
 
 
-ITEM_BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "long": 8, "int": 4, "bool": 1}
+# by the names that the profiler has for dtypes
+ITEM_BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "long": 8, "int": 4,
+              "bool": 1}
 
 
 def argument_bytes(event):
@@ -740,10 +746,10 @@ def bench_profile(a, top=20, steps=5):
                      "argument_mb": f"{moved / 1e6:.2f}" if moved else "",
                      "gb_per_second": f"{moved / seconds / 1e9:.0f}" if moved and seconds else "",
                      "kernel": name.replace("|", "/")[:100]} for name, (seconds, calls, moved) in shown]
-            report(f"profile_{Path(size).stem}_{spec.replace(':', '_')}", rows, a, [
+            report(f"profile_{size_name(size)}_{spec.replace(':', '_')}", rows, a, [
                 f"{'Kernels' if cuda else 'Ops'} of a step, the mean of {steps}: {1e3 * total:.2f} ms, "
-                f"{sum(n for _, (_, n, _) in found):g} calls; the step takes {1e3 * wall:.2f} ms without the profiler. argument_mb: the tensors that the "
-                f"call was given, not those that it made."])
+                f"{sum(n for _, (_, n, _) in found):g} calls; the step takes {1e3 * wall:.2f} ms without the profiler. "
+                f"argument_mb: the tensors that the call was given, not those that it made."])
     each_size(a.sizes, measure)
 
 
@@ -765,7 +771,7 @@ def bench_train(a):
         if run.returncode:
             raise SystemExit(f"bench.py: {size} {strategy}: {run.stderr.strip().splitlines()[-1]}")
         said = dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
-        rows.append({"size": Path(size).stem, "strategy": strategy, **{key: said.get(key, "") for key in (
+        rows.append({"size": size_name(size), "strategy": strategy, **{key: said.get(key, "") for key in (
             "params", "scale_params", "val_loss", "tokens", "tokens_per_second", "mfu", "peak_memory_mb")}})
     report("train", rows, a)
 
@@ -787,7 +793,7 @@ def bench_checkpoint(a):
             saved = time.perf_counter()
             load_checkpoint(path)
             loaded = time.perf_counter()
-            rows.append({"size": Path(size).stem, "gigabytes": f"{path.stat().st_size / 1e9:.2f}",
+            rows.append({"size": size_name(size), "gigabytes": f"{path.stat().st_size / 1e9:.2f}",
                          "save_seconds": f"{saved - started:.1f}", "load_seconds": f"{loaded - saved:.1f}"})
         del model, optimizers
     report("checkpoint", rows, a)
@@ -804,8 +810,8 @@ PLAN = {
         (1.0, "peers --sizes=llama_0.12b --block=20"),
         (1.5, "overhead --sizes=llama_1b --strategies=baseline,unified"),
         (1.5, "peers --sizes=llama_1b --block=5"),
-        (0.5, "profile --sizes=llama_0.12b,llama_1b"),
-        (1.5, "train --sizes=llama_0.12b --strategies=baseline,unified --steps=30"),
+        (0.8, "profile --sizes=llama_0.12b,llama_1b"),
+        (1.0, "train --sizes=llama_0.12b --strategies=unified --steps=20"),
         (0.5, "checkpoint --sizes=llama_0.12b"),
     ],
     "cpu": [
@@ -832,7 +838,7 @@ def commands_to_prebuild(plan):
 def prebuild(plan, seconds):
     """
     Compile side by side what the plan will compile one after the other, on every core, into torch.compile's cache on
-    disk. One that runs out of the GPU's memory has been compiled by then.
+    disk. One that runs out of the GPU's memory has been compiled by then: see main.
     """
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ}
     waiting, running = list(commands_to_prebuild(plan)), []
@@ -851,7 +857,7 @@ def prebuild(plan, seconds):
 def bench_all(a):
     """
     Every verb of the plan, each in a process of its own: what kills one, or leaves the GPU in a bad state, loses no
-    other's table, and memory begins empty.
+    other's table, and memory begins empty. What fails, and what there is no time for, is said at the end.
     """
     plan, lost = PLAN[a.device.type], []
     end = a.began + 60 * a.minutes
@@ -883,12 +889,13 @@ VERBS = {"kernels": bench_kernels, "overhead": bench_overhead, "peers": bench_pe
 
 
 def arguments(args=None):
+    """The command line, with what it leaves open decided by the verb and the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=VERBS)
     parser.add_argument("--sizes", help="names in config/size, or files, with commas; default: by the device")
     parser.add_argument("--strategies", help="names in config, with commas; overhead and profile take "
                         "unified:unfolded, :torch and :triton too, and overhead all")
-    parser.add_argument("--rounds", type=int, help="of alternating arms; default: 10, of kernels 30")
+    parser.add_argument("--rounds", type=int, help="of alternating arms; default: 10, of kernels 30; 0 only compiles")
     parser.add_argument("--block", type=int, default=50, help="steps of an arm in a round; default: 50")
     parser.add_argument("--minutes", type=float, help="when to stop beginning rounds; default: 5, of all 8")
     parser.add_argument("--micro_batch", type=int, help="sequences in a step; default: the size's")
@@ -919,6 +926,9 @@ def arguments(args=None):
 
 def main(args=None):
     a = arguments(args)
+    # Compile the backward pass with the forward, not when it is first needed. The same in all processes, since
+    # torch.compile's cache goes by its settings too.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     VERBS[a.what](a)
 
 

@@ -1,5 +1,6 @@
 """bench.py: its statistics, and that every verb runs here and leaves its tables. What it measures is not tested."""
 
+import contextlib
 import csv
 import itertools
 import math
@@ -157,6 +158,34 @@ def needed(case):
     # what is linear needs no input for its gradient
     saved = 0 if case.op == "scaled_cast down" else size(wide)
     return forward, forward + size(outs) + saved + size(wide)
+
+
+def test_arms_ask_for_their_twin(monkeypatch, tmp_path):
+    """On a GPU: the op as Triton, the twin as it is, and the twin compiled; and what the table says of them."""
+    asked, slow = [], {"eager": 3.0, "compile": 2.0, "triton": 1.0}
+
+    @contextlib.contextmanager
+    def backend(name):
+        asked.append(name)
+        yield
+    monkeypatch.setattr(kernels, "backend", backend, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    x = torch.randn(4, 8, requires_grad=True)
+    case = bench.Case("op", (x,), lambda x: kernels.rms_norm(x, 1e-6), 100, 200, {"liger": lambda x: x * 2})
+    arms = bench.arms_of(case, SimpleNamespace(type="cuda"))
+    assert list(arms) == ["eager", "compile", "triton", "liger"]
+    for forward in arms.values():
+        (dx,) = bench.both(forward, case.inputs)()
+        assert dx.shape == x.shape
+    assert set(asked[:4]) == {"torch"} and set(asked[4:6]) == {"triton"}
+
+    times = {(arm, part): [t * (1 + 0.001 * i) for i in range(4)] for arm, t in slow.items()
+             for part in ("forward", "both")}
+    times["copy", ""] = [10.0] * 4
+    eager, compiled, triton = rows = bench.kernel_rows("size", case, times, copied=1000)
+    assert (eager["both_is"], compiled["both_is"], triton["both_is"]) == ("slower", "", "faster")
+    assert triton["forward_%"] == "100" and triton["both_%"] == "200" and eager["forward_%"] == "33"
+    assert triton["both_vs_compile"] == "0.500 (0.500–0.500)" and bench.kept(rows) == {"op": "kept"}
 
 
 def bench_bytes(tensors):
@@ -363,6 +392,10 @@ def test_train_and_checkpoint(run, corpus, monkeypatch, toy):
     monkeypatch.undo()
     rows = table(run("checkpoint"), "checkpoint")
     assert float(rows[0]["save_seconds"]) >= 0
+
+
+def test_names_of_tables():
+    assert [bench.size_name(size) for size in ("llama_0.12b", "/a/b/toy.py")] == ["llama_0.12b", "toy"]
 
 
 def test_bad_requests_are_refused(run, toy):
