@@ -7,6 +7,10 @@ Hand over a trained model without its scale vectors, as a folder that other tool
 What can be folded is folded (folding.py). With --to hf a Pre-Norm model is then a LlamaForCausalLM whose norms are all
 ones, and a Gemma one a Gemma3ForCausalLM. No class of transformers has norms behind v, gate and up, or a γ of its own
 for each channel of q and k: DNP models bring modeling_nanoscale.py with them, which loads with trust_remote_code=True.
+
+A mixture of experts is a MixtralForCausalLM; with softmax_all's weights or with shared experts a Qwen2MoeForCausalLM;
+with sigmoid's, and with the bias or not, a Glm4MoeForCausalLM. Under DNP, in Gemma's layout, and where a bias chooses
+among softmaxes, it brings modeling_nanoscale.py.
 """
 
 import argparse
@@ -164,53 +168,80 @@ def write_tokenizer(folder, tokenizer, max_length):
 # ---------------------------------------------------------------------------------------------------------------
 # the model
 
+# by model_type
+HF_CLASSES = {"llama": "LlamaForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "mixtral": "MixtralForCausalLM",
+              "qwen2_moe": "Qwen2MoeForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
+              "nanoscale": "NanoScaleForCausalLM"}
 
-def hf_type(config):
-    """The model_type of Hugging Face's that computes what a folded GPTConfig does; 'nanoscale' is our own."""
+
+def hf_type(config, tensors):
+    """The model_type of Hugging Face's that computes what a folded model does; 'nanoscale' is our own."""
     normed = config.attn_placement != "input" or config.ffn_placement != "input"
     if normed or config.n_embd % config.n_head:  # theirs wants heads that divide the width, even with a head_dim
         return "nanoscale"
-    if config.arch == "llama":
-        return "llama"
-    return "gemma3_text" if config.qkv_norm == "head" or config.n_head == 1 else "nanoscale"
+    if not config.n_experts:
+        if config.arch == "llama":
+            return "llama"
+        return "gemma3_text" if config.qkv_norm == "head" or config.n_head == 1 else "nanoscale"
+    if config.router == "sigmoid":  # theirs takes the best two of a group of experts, and all are one group
+        return "glm4_moe" if config.arch == "llama" and config.n_experts > 1 else "nanoscale"
+    biased = any(x.any() for name, x in tensors.items() if name.endswith("ffn.bias"))
+    if config.arch == "gemma" or biased:
+        return "nanoscale"
+    return "mixtral" if config.router == "softmax" and not config.n_shared_experts else "qwen2_moe"
 
 
-def hf_config(config, tokenizer):
-    """config.json of a folded GPTConfig, as a dict."""
-    kind = hf_type(config)
+def hf_config(kind, config, tokenizer):
+    """config.json of a folded GPTConfig for the model_type kind, as a dict."""
+    from folding import HF_FIXED, HF_SHAPE, MIXTURE, NORM_SETTINGS
+
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     common = {
+        "architectures": [HF_CLASSES[kind]],
         "model_type": kind, "vocab_size": config.vocab_size, "hidden_size": config.n_embd,
         "intermediate_size": config.ffn_dim, "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head, "head_dim": config.d_head,
         "max_position_embeddings": config.block_size, "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings and kind == "llama", "torch_dtype": "float32",
+        "tie_word_embeddings": config.tie_embeddings and kind not in ("gemma3_text", "nanoscale"),
+        "torch_dtype": "float32",
         "bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator, "pad_token_id": None,
-        "nanoscale_tokenizer": tokenizer.name}
-    if kind == "llama":
-        # rope_theta is where transformers 4 and other tools look, rope_parameters is transformers 5's
-        return {"architectures": ["LlamaForCausalLM"], **common, "hidden_act": "silu", "attention_bias": False,
-                "mlp_bias": False, "rope_theta": config.rope_theta, "rope_parameters": rope}
+        "nanoscale_tokenizer": tokenizer.name,
+        # where transformers 4 and other tools look; rope_parameters is transformers 5's
+        "rope_theta": config.rope_theta}
+    if kind == "nanoscale":
+        return {**common, "auto_map": {"AutoConfig": "modeling_nanoscale.NanoScaleConfig",
+                                       "AutoModelForCausalLM": "modeling_nanoscale.NanoScaleForCausalLM"},
+                **{name: getattr(config, name) for name in (*NORM_SETTINGS, *MIXTURE)}}
     if kind == "gemma3_text":
-        return {"architectures": ["Gemma3ForCausalLM"], **common, "hidden_activation": "silu",
-                "attention_bias": False, "query_pre_attn_scalar": config.d_head, "sliding_window": config.block_size,
+        return {**common, "hidden_activation": "silu", "attention_bias": False,
+                "query_pre_attn_scalar": config.d_head, "sliding_window": config.block_size,
                 "layer_types": ["full_attention"] * config.n_layer, "final_logit_softcapping": None,
-                "attn_logit_softcapping": None, "rope_theta": config.rope_theta,
-                "rope_parameters": {"full_attention": rope}}
-    return {"architectures": ["NanoScaleForCausalLM"], **common, "rope_theta": config.rope_theta,
-            "auto_map": {"AutoConfig": "modeling_nanoscale.NanoScaleConfig",
-                         "AutoModelForCausalLM": "modeling_nanoscale.NanoScaleForCausalLM"},
-            **{name: getattr(config, name) for name in ("arch", "attn_placement", "ffn_placement", "qkv_norm",
-                                                        "scale_vectors")}}
+                "attn_logit_softcapping": None, "rope_parameters": {"full_attention": rope}}
+    common.update(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_parameters=rope)
+    if kind in HF_SHAPE:
+        n_experts, expert_dim = HF_SHAPE[kind]
+        common.update(HF_FIXED[kind])
+        common.update({n_experts: config.n_experts, expert_dim: config.expert_dim,
+                       "num_experts_per_tok": config.experts_per_token, "output_router_logits": False,
+                       "router_aux_loss_coef": config.router_aux})
+        if config.expert_dim % 8 or config.n_embd % 8:  # transformers' grouped GEMM takes rows of whole 16 bytes alone
+            common["experts_implementation"] = "eager"
+    if kind == "qwen2_moe":
+        common.update(norm_topk_prob=config.router == "softmax", sliding_window=None,
+                      shared_expert_intermediate_size=config.n_shared_experts * config.expert_dim)
+    if kind == "glm4_moe":
+        common.update(n_shared_experts=config.n_shared_experts, num_nextn_predict_layers=0, partial_rotary_factor=1.0,
+                      rope_parameters={**rope, "partial_rotary_factor": 1.0})
+    return common
 
 
-def hf_tensors(config, tensors):
+def hf_tensors(kind, config, tensors):
     """A folded model's tensors by Hugging Face's names, with the γ that their classes want to see and Gemma's ways."""
     import torch
 
     from folding import hf_names, is_norm
 
-    kind, tensors = hf_type(config), dict(tensors)
+    tensors = dict(tensors)
     names = hf_names(kind, config.n_layer)
     if kind == "nanoscale":
         tensors.setdefault("lm_head", tensors["wte"].clone())  # not tied there: one way less to load it wrong
@@ -224,7 +255,24 @@ def hf_tensors(config, tensors):
         # their γ is 1 + weight, and their embeddings are multiplied by the root of the width
         tensors = {name: x - 1 if is_norm(name) else x for name, x in tensors.items()}
         tensors["wte"] = tensors["wte"] / config.n_embd ** 0.5
-    return {names[name]: x for name, x in tensors.items()}
+    if kind == "qwen2_moe":
+        # their shared expert has a gate, sigmoid(gate(x)): of zeros it halves what is twice as much
+        for i in range(config.n_layer):
+            tensors[f"blocks.{i}.ffn.shared_gate"] = torch.zeros(1, config.n_embd)
+        tensors = {name: 2 * x if name.endswith("shared.down") else x for name, x in tensors.items()}
+    if kind in ("qwen2_moe", "glm4_moe") and not config.n_shared_experts:
+        for i in range(config.n_layer):  # these classes always have one; it is 0 wide
+            tensors.update({f"blocks.{i}.ffn.shared.{c}": torch.zeros(0, config.n_embd) for c in ("gate", "up")})
+            tensors[f"blocks.{i}.ffn.shared.down"] = torch.zeros(config.n_embd, 0)
+    theirs = {}
+    for name, x in tensors.items():
+        if name.endswith("ffn.bias") and name not in names:
+            continue  # all zeros, or hf_type would have chosen another class
+        if "{e}" in names[name]:
+            theirs.update({names[name].format(e=e): x_e.clone() for e, x_e in enumerate(x)})
+        else:
+            theirs[names[name]] = x
+    return theirs
 
 
 def write_model(folder, config, tensors, tokenizer, to):
@@ -238,33 +286,35 @@ def write_model(folder, config, tensors, tokenizer, to):
         write_json(folder / "config.json", {"format": "nanoscale", "settings": settings, "tokenizer": tokenizer.name})
         save_file(tensors, folder / "model.safetensors")
         return
-    write_json(folder / "config.json", hf_config(config, tokenizer))
-    save_file(hf_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    kind = hf_type(config, tensors)
+    write_json(folder / "config.json", hf_config(kind, config, tokenizer))
+    save_file(hf_tensors(kind, config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder, tokenizer, config.block_size)
-    if hf_type(config) == "nanoscale":
+    if kind == "nanoscale":
         shutil.copy(Path(__file__).with_name("modeling_nanoscale.py"), folder)
 
 
 def main(args):
     with new_folder(args.out, args.overwrite) as folder:
         from data.tokens import load_tokenizer
-        from folding import fold
+        from folding import fold, is_norm
 
         model, name = open_model(args.model)
         if name is None:
             raise ConfigError(f"{args.model} is not a model of nanoScale's: its tokenizer is unknown")
         config, tensors = fold(model)
         write_model(folder, config, tensors, load_tokenizer(name), args.to)
-    vectors = sum(x.numel() for key, x in tensors.items() if x.ndim == 1)
-    print(f"{args.out}: {sum(x.numel() for x in tensors.values()):,} parameters, {vectors:,} of them in scale vectors "
-          f"that cannot be folded")
+    count = {key: x.numel() for key, x in tensors.items() if not key.endswith("ffn.bias")}
+    vectors = sum(n for key, n in count.items() if is_norm(key))
+    print(f"{args.out}: {sum(count.values()):,} parameters, {vectors:,} of them in scale vectors that cannot be folded")
     if model.config.tie_embeddings and not config.tie_embeddings:
         print("The LM head is not tied any more: the last norm's scale vector went into it.")
-    if args.to == "hf" and hf_type(config) == "nanoscale":
+    kind = hf_type(config, tensors)
+    if args.to == "hf" and kind == "nanoscale":
         print("No class of transformers computes this model. Its code is beside the weights, in modeling_nanoscale.py: "
               "load it with trust_remote_code=True.")
     elif args.to == "hf":
-        print(f"Loads as {hf_config(config, load_tokenizer(name))['architectures'][0]}.")
+        print(f"Loads as {HF_CLASSES[kind]}.")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,117 @@ The work between the GEMMs: in plain PyTorch, for a CPU and for torch.compile, a
     swiglu         what stands between the gate, up GEMM and down
 
 Each function stands alone and picks one of its two ways itself; nothing here knows about models.
+
+All of these move bytes and hardly compute, so a kernel is as good as the share of the memory's bandwidth that it
+reaches with every input read once and every output written once. Four rules hold for each:
+- Loads are turned to fp32 at once, results are rounded once, when they are stored.
+- A row is an int64: an activation of a large batch has more than 2³¹ elements.
+- No atomics. What is summed over rows, such as dγ, is summed by each program over rows of its own, always the same
+  ones, and these partial sums then in a fixed order. So a run repeats bit for bit.
+- Widths and strides are constants of the compiled kernel: knowing them, Triton sees which rows begin at multiples of
+  16 bytes and reads 16 bytes at a time. A model has few.
+
+The operations are opaque to torch.compile (torch.library.custom_op). triton_op would let inductor see the kernels, but
+it passes Python floats, ε, as fp64, and then a GPU computes in fp64 where it is 32 times slower.
 """
+
+import os
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:  # as on a Mac: the kernels are not compiled and the twins do all the work
+    triton, tl = None, SimpleNamespace(constexpr=None)
+    jit = lambda kernel: kernel
+
+# Triton can run its kernels in Python, which is how a machine without a GPU tests them. It reads this as @jit runs.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+_backend = "auto"
+
+
+@contextmanager
+def backend(name):
+    """Which way all functions here go inside `with backend(name):`, for tests and bench.py: auto, torch or triton."""
+    global _backend
+    if name not in ("auto", "torch", "triton"):
+        raise ValueError(f"no backend {name!r}; there are: auto, torch, triton")
+    if name == "triton" and triton is None:
+        raise RuntimeError("backend 'triton': Triton is not installed")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def _use_triton(x):
+    """Whether x goes to a kernel: on a GPU, in fp32, bf16 or fp16. fp64 is for checks, and always goes to the twin."""
+    if _backend == "torch" or triton is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if _backend == "triton" and not x.is_cuda and not INTERPRETED:
+        raise RuntimeError("backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before kernels is imported")
+    return x.is_cuda or _backend == "triton"
+
+
+def _launch(kernel, grid, *args, **constants):
+    """Run a kernel on the GPU that its first argument is on. An empty grid, which CUDA refuses, does nothing."""
+    if all(grid):
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, **constants)
+
+
+def _rows(x):
+    """
+    x as (rows, n), n contiguous. The rows may lie apart, as those of a slice of a wider buffer do: kernels take the
+    distance, x.stride(0). Only what cannot be seen so is copied.
+    """
+    x = x.reshape(-1, x.size(-1))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+WIDEST = 16384  # channels that a program holds of one row; a wider one goes to the twin
+
+
+def _tile(n, per_thread):
+    """
+    The tile of a program that takes whole rows: (rows, columns, warps) with `per_thread` numbers for each thread.
+
+    Columns are a power of two, which Triton asks for. Narrow rows come several at a time, so that each of 128 threads
+    has two or more 16-byte loads to wait for at once; for wide ones there are more threads. Per thread it's 32 numbers
+    where registers allow it, and 16 where a kernel holds several inputs and sums for each.
+    """
+    columns = max(16, triton.next_power_of_2(n))
+    return max(1, 128 * per_thread // columns), columns, max(4, columns // (32 * per_thread))
+
+
+def _programs(tiles, warps, device):
+    """
+    How many programs share the tiles where each sums over its rows: as many as run at once, 16 warps a processor.
+
+    Each leaves a row of partial sums, so more of them would write more. The number depends on shape and GPU alone, and
+    with it the order of the sums.
+    """
+    return min(tiles, _processors(device) * max(1, 16 // warps))
+
+
+def _is_vector(gamma, n):
+    """Whether kernels take this γ: none, or one fp32 number for each channel."""
+    return gamma is None or (gamma.shape == (n,) and gamma.dtype == torch.float32)
+
+
+@cache
+def _processors(device):
+    """The GPU's number of streaming multiprocessors; in the interpreter 2, so that each program has much to do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _statistics_dtype(x):
@@ -46,6 +153,143 @@ class _RMSNorm(torch.autograd.Function):
         return (r * (dy_ - c * x_)).to(x.dtype), dgamma, None
 
 
+@jit
+def _norm(x, eps, N: tl.constexpr):
+    """N(x) of each row of a tile, zeros behind channel N, and 1 / sqrt(mean(x²) + ε) of each row."""
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)[:, None]
+    return x * r, r
+
+
+@jit
+def _norm_backward(dy, y, r, N: tl.constexpr):
+    """
+    The gradient of x, where y = N(x) = r x: r (dy − y · mean(y ⊙ dy)). The second term takes out of dy what it has
+    along y, since N(x) doesn't change with x's length.
+    """
+    return r * (dy - y * (tl.sum(y * dy, axis=1) / N)[:, None])
+
+
+@jit
+def _rms_norm_kernel(x, residual, gamma, y, total, rows, eps, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
+                     N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    y = γ ⊙ N(x), or total = x + residual and y = γ ⊙ N(total). γ and residual may be None.
+
+    Bytes for a bf16 number: 2 read and 2 written; with the residual 4 and 4. Added separately, the sum would be read
+    once more.
+    A program holds whole rows, so that x is read once: the mean needs all of a row before any of y is known. Nothing
+    is kept for the backward pass but x: r is a number a row, and cheaper to compute again than to store.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    here = (row < rows) & (column < N)
+    x_ = tl.load(x + row * X_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+    if residual is not None:
+        x_ += tl.load(residual + row * RESIDUAL_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        rounded = x_.to(total.dtype.element_ty)
+        tl.store(total + row * N + column, rounded, mask=here)
+        x_ = rounded.to(tl.float32)  # the norm of what all others will see, the backward pass among them
+    y_, _ = _norm(x_, eps, N)
+    if gamma is not None:
+        y_ *= tl.load(gamma + column, mask=column < N, other=0.0)
+    tl.store(y + row * N + column, y_.to(y.dtype.element_ty), mask=here)
+
+
+@jit
+def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps, DY_STRIDE: tl.constexpr,
+                              X_STRIDE: tl.constexpr, DTOTAL_STRIDE: tl.constexpr, N: tl.constexpr,
+                              ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    dx of y = γ ⊙ N(x), plus dtotal, the gradient that x, the residual stream, gets from elsewhere; and for each
+    program a row of dγ, the sum over its rows of dy ⊙ N(x). gamma and dtotal may be None.
+
+    Bytes for a bf16 number: 4 read and 2 written; with dtotal 6 and 2. Autograd alone would write dx and then read it
+    again to add dtotal.
+    With γ, programs are few and long: of P programs, each takes every P-th tile and sums dγ in registers over all of
+    its rows, so that it leaves one row and not a row for each tile. Without γ each tile has a program.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    if gamma is not None:
+        gamma_ = tl.load(gamma + column, mask=column < N, other=0.0)
+        dgamma_ = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = tl.program_id(0).to(tl.int64)
+    for i in range(steps):
+        row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
+        here = (row < rows) & (column < N)
+        x_ = tl.load(x + row * X_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        dy_ = tl.load(dy + row * DY_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        y_, r = _norm(x_, eps, N)
+        if gamma is not None:
+            dgamma_ += tl.where(here, dy_ * y_, 0.0)  # behind the last row, 0 · r is NaN where ε is 0
+            dy_ *= gamma_
+        dx_ = _norm_backward(dy_, y_, r, N)
+        if dtotal is not None:
+            dx_ += tl.load(dtotal + row * DTOTAL_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        tl.store(dx + row * N + column, dx_.to(dx.dtype.element_ty), mask=here)
+    if gamma is not None:
+        partial = tl.sum(dgamma_, axis=0)[None, :]
+        tl.store(dgamma + tl.program_id(0) * N + column, partial, mask=column < N)
+
+
+@torch.library.custom_op("nanoscale::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, residual: Optional[Tensor], gamma: Optional[Tensor], eps: float) -> Tuple[Tensor, Tensor]:
+    # An operation always returns the same number of tensors: without a residual, total has no elements.
+    n = x.size(-1)
+    y, total = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+    x, gamma = _rows(x), None if gamma is None else gamma.contiguous()
+    residual = None if residual is None else _rows(residual)
+    tile, columns, warps = _tile(n, 32)
+    _launch(_rms_norm_kernel, (triton.cdiv(x.size(0), tile),), x, residual, gamma, y, total, x.size(0), eps,
+            X_STRIDE=x.stride(0), RESIDUAL_STRIDE=0 if residual is None else residual.stride(0), N=n, ROWS=tile,
+            COLUMNS=columns, num_warps=warps)
+    return y, total
+
+
+@_rms_norm.register_fake
+def _(x, residual, gamma, eps):
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+
+
+@torch.library.custom_op("nanoscale::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(dy: Tensor, x: Tensor, gamma: Optional[Tensor], dtotal: Optional[Tensor],
+                       eps: float) -> Tuple[Tensor, Tensor]:
+    n = x.size(-1)
+    dx = x.new_empty(x.shape)  # never dy's own memory, which others may still read
+    dy, x, dtotal = _rows(dy), _rows(x), None if dtotal is None else _rows(dtotal)
+    tile, columns, warps = _tile(n, 16)
+    tiles = triton.cdiv(x.size(0), tile)
+    programs = tiles if gamma is None else _programs(tiles, warps, x.device)
+    dgamma = None if gamma is None else gamma.new_empty(programs, n)
+    _launch(_rms_norm_backward_kernel, (programs,), dy, x, None if gamma is None else gamma.contiguous(), dtotal, dx,
+            dgamma, x.size(0), triton.cdiv(tiles, max(1, programs)), eps, DY_STRIDE=dy.stride(0),
+            X_STRIDE=x.stride(0), DTOTAL_STRIDE=0 if dtotal is None else dtotal.stride(0), N=n, ROWS=tile,
+            COLUMNS=columns, num_warps=warps)
+    return dx, x.new_empty(0) if gamma is None else dgamma.sum(0)
+
+
+@_rms_norm_backward.register_fake
+def _(dy, x, gamma, dtotal, eps):
+    return x.new_empty(x.shape), x.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+
+
+def _rms_norm_context(ctx, inputs, output):
+    x, residual, gamma, ctx.eps = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(output[1] if ctx.has_residual else x, gamma)
+    ctx.set_materialize_grads(False)  # so that no one reads zeros for a sum that goes nowhere else
+
+
+def _rms_norm_gradients(ctx, dy, dtotal):
+    x, gamma = ctx.saved_tensors
+    if dy is None:
+        return dtotal, dtotal, None, None
+    dx, dgamma = _rms_norm_backward(dy, x, gamma, dtotal if ctx.has_residual else None, ctx.eps)
+    return dx, dx if ctx.has_residual else None, None if gamma is None else dgamma, None
+
+
+_rms_norm.register_autograd(_rms_norm_gradients, setup_context=_rms_norm_context)
+
+
 def rms_norm(x, eps, gamma=None, residual=None, group=None):
     """
     γ ⊙ x / sqrt(mean(x²) + ε) over the last axis (RMSNorm, arXiv 1910.07467); without gamma, N(x).
@@ -56,13 +300,208 @@ def rms_norm(x, eps, gamma=None, residual=None, group=None):
     group: the mean is taken over each `group` of channels, such as a head's, not over all n. gamma may then be
         (group,) too, which all groups share.
     """
-    if residual is not None:
-        x = x + residual
-        return rms_norm(x, eps, gamma, group=group), x
-    if group in (None, x.size(-1)):
-        return _RMSNorm.apply(x, gamma, eps)
-    gamma = None if gamma is None else gamma.unflatten(-1, (-1, group))
-    return _RMSNorm.apply(x.unflatten(-1, (-1, group)), gamma, eps).flatten(-2)
+    if group not in (None, x.size(-1)):  # each group is a row
+        x, residual = (None if t is None else t.unflatten(-1, (-1, group)) for t in (x, residual))
+        if gamma is not None and gamma.shape != (group,):
+            gamma = gamma.unflatten(-1, (-1, group))
+        y = rms_norm(x, eps, gamma, residual)
+        return y.flatten(-2) if residual is None else tuple(t.flatten(-2) for t in y)
+    n, alike = x.size(-1), residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    if _use_triton(x) and alike and 0 < n <= WIDEST and _is_vector(gamma, n):
+        y, total = _rms_norm(x, residual, gamma, eps)
+    else:
+        total = x if residual is None else x + residual
+        y = _RMSNorm.apply(total, gamma, eps)
+    return y if residual is None else (y, total)
+
+
+TILE_ROWS, TILE_COLUMNS = 32, 128  # of a weight, for a program: small, so that 768 × 768 make one for each processor
+
+
+@jit
+def _scaled_cast_kernel(w, u, v, out, N: tl.constexpr, K: tl.constexpr, FILLED_N: tl.constexpr,
+                        FILLED_K: tl.constexpr, W_MATRIX: tl.constexpr, W_ROW: tl.constexpr, U_MATRIX: tl.constexpr,
+                        V_MATRIX: tl.constexpr, OUT_MATRIX: tl.constexpr, OUT_ROW: tl.constexpr, ROWS: tl.constexpr,
+                        COLUMNS: tl.constexpr):
+    """
+    out = u ⊙ W ⊙ v in out's dtype for one branch, and zeros around it, up to FILLED_N rows and FILLED_K columns. u and
+    v may be None.
+
+    Bytes for a weight: 4 read and 2 written (bf16), as a cast alone. u and v come from the cache.
+    Nothing here depends on a neighbour, so a program is a tile. All of its accesses are along rows, which is how both
+    matrices lie in memory; grid axis 0, the one that runs first, goes along the row too. W is (matrices, N, K), and
+    out is a slice of what the GEMM reads, so that nothing has to be put together afterwards.
+    """
+    matrix = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < N)[:, None] & (column < K)[None, :]
+    w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=here, other=0.0).to(tl.float32)
+    if v is not None:
+        w_ *= tl.load(v + matrix * V_MATRIX + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
+    if u is not None:
+        w_ *= tl.load(u + matrix * U_MATRIX + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+    w_ = tl.where(here, w_, 0.0)  # where u is infinite, what is filled up is 0 · ∞ by now
+    tl.store(out + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], w_.to(out.dtype.element_ty),
+             mask=(row < FILLED_N)[:, None] & (column < FILLED_K)[None, :])
+
+
+@jit
+def _scaled_cast_backward_kernel(dout, w, u, v, dw, du, dv, N: tl.constexpr, K: tl.constexpr, OUT_MATRIX: tl.constexpr,
+                                 OUT_ROW: tl.constexpr, W_MATRIX: tl.constexpr, W_ROW: tl.constexpr,
+                                 U_MATRIX: tl.constexpr, V_MATRIX: tl.constexpr, DU_ROW: tl.constexpr,
+                                 DV_MATRIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    With G the gradient of out: dW = u ⊙ G ⊙ v, du = the sums along rows of G ⊙ W ⊙ v, dv = the sums along columns of
+    u ⊙ G ⊙ W. Any of the three may be None, and is then not computed.
+
+    Bytes for a weight: 6 read (G in bf16, W) and 4 written (dW), whether du and dv are due or not. A pass for each of
+    the three would move 18.
+    A tile leaves its share of the sums: a number for each of its rows in du, (matrices, N, DU_ROW), and for each of
+    its columns in dv, (matrices, row tiles, K). They are added up behind the kernel. A program with whole rows would
+    have du complete, but 768 rows are too few for that to occupy a GPU. The shares are 4 / COLUMNS + 4 / ROWS bytes
+    for a weight, first written, then read: 3% of the traffic.
+    """
+    matrix = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < N)[:, None] & (column < K)[None, :]
+    g = tl.load(dout + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], mask=here, other=0.0)
+    g = g.to(tl.float32)
+    gu, gv, guv = g, g, g
+    if v is not None:
+        v_ = tl.load(v + matrix * V_MATRIX + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
+        gv = g * v_
+        guv = gv
+    if u is not None:
+        u_ = tl.load(u + matrix * U_MATRIX + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+        gu = g * u_
+        guv = gv * u_
+    if dw is not None:
+        tl.store(dw + matrix * (N * K) + row[:, None] * K + column[None, :], guv.to(dw.dtype.element_ty), mask=here)
+    if du is not None or dv is not None:
+        w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=here, other=0.0)
+        w_ = w_.to(tl.float32)
+        if du is not None:
+            tl.store(du + (matrix * N + row) * DU_ROW + tl.program_id(0), tl.sum(gv * w_, axis=1), mask=row < N)
+        if dv is not None:
+            tl.store(dv + matrix * DV_MATRIX + tl.program_id(1).to(tl.int64) * K + column, tl.sum(gu * w_, axis=0),
+                     mask=column < K)
+
+
+def _stack(x, dims):
+    """x as a stack of its last `dims` dimensions, and the distance from one to the next: 0 where all share one."""
+    x = x.unsqueeze(0).flatten(0, -1 - dims)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, 0 if x.size(0) == 1 else x.stride(0)
+
+
+def _branches(buffer, weights, us, u_of, vs, v_of, align):
+    """For each branch: its slice of the buffer, its weight, u and v, and the constants that both kernels take."""
+    buffer, out_matrix = _stack(buffer, 2)
+    at = 0
+    for weight, i, j in zip(weights, u_of, v_of):
+        (w, w_matrix), n = _stack(weight, 2), weight.size(-2)
+        u, u_matrix = (None, 0) if i < 0 else _stack(us[i], 1)
+        v, v_matrix = (None, 0) if j < 0 else _stack(vs[j], 1)
+        yield buffer[:, at:at + n + -n % align], w, u, v, dict(
+            N=n, K=w.size(2), W_MATRIX=w_matrix, W_ROW=w.stride(1), U_MATRIX=u_matrix, V_MATRIX=v_matrix,
+            OUT_MATRIX=out_matrix, OUT_ROW=buffer.stride(1), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS)
+        at += n + -n % align
+
+
+@torch.library.custom_op("nanoscale::scaled_cast", mutates_args=())
+def _scaled_cast(weights: Sequence[Tensor], us: Sequence[Tensor], u_of: Sequence[int], vs: Sequence[Tensor],
+                 v_of: Sequence[int], dtype: torch.dtype, align: int, align_columns: int) -> Tensor:
+    # u_of, v_of: which of us and vs is each weight's, or -1. A list with None in it gets no gradients from torch.
+    out = _empty_buffer(weights, dtype, align, align_columns)
+    for part, w, u, v, constants in _branches(out, weights, us, u_of, vs, v_of, align):
+        matrices, n, k = part.shape
+        _launch(_scaled_cast_kernel, (triton.cdiv(k, TILE_COLUMNS), triton.cdiv(n, TILE_ROWS), matrices), w, u, v, part,
+                FILLED_N=n, FILLED_K=k, num_warps=4, **constants)
+    return out
+
+
+@_scaled_cast.register_fake
+def _(weights, us, u_of, vs, v_of, dtype, align, align_columns):
+    return _empty_buffer(weights, dtype, align, align_columns)
+
+
+def _empty_buffer(weights, dtype, align, align_columns):
+    n, k = sum(w.size(-2) + -w.size(-2) % align for w in weights), weights[0].size(-1)
+    return weights[0].new_empty((*weights[0].shape[:-2], n, k + -k % align_columns), dtype=dtype)
+
+
+@torch.library.custom_op("nanoscale::scaled_cast_backward", mutates_args=())
+def _scaled_cast_backward(dout: Tensor, weights: Sequence[Tensor], us: Sequence[Tensor], u_of: Sequence[int],
+                          vs: Sequence[Tensor], v_of: Sequence[int], align: int, w_due: Sequence[bool],
+                          u_due: Sequence[bool], v_due: Sequence[bool]) -> List[Tensor]:
+    # The gradients that are due, of weights, us and vs in this order.
+    matrices, k = weights[0].shape[:-2].numel(), weights[0].size(-1)
+    row_tiles, column_tiles = [triton.cdiv(w.size(-2), TILE_ROWS) for w in weights], triton.cdiv(k, TILE_COLUMNS)
+    dws = [w.new_empty(w.shape) if due else None for w, due in zip(weights, w_due)]
+    # Branches that share a vector leave their tiles' sums beside each other, and one sum over them is its gradient.
+    dus = [u.new_empty((matrices, u.size(-1), column_tiles * u_of.count(i)), dtype=torch.float32) if due else None
+           for i, (u, due) in enumerate(zip(us, u_due))]
+    dvs = [v.new_empty((matrices, sum(t for t, of in zip(row_tiles, v_of) if of == j), k), dtype=torch.float32)
+           if due else None for j, (v, due) in enumerate(zip(vs, v_due))]
+    u_at, v_at = [0] * len(us), [0] * len(vs)
+    branches = _branches(dout.contiguous(), weights, us, u_of, vs, v_of, align)
+    for (part, w, u, v, constants), dw, i, j, tiles in zip(branches, dws, u_of, v_of, row_tiles):
+        du = dv = None
+        if i >= 0 and u_due[i]:
+            du = dus[i][:, :, u_at[i]:]
+            u_at[i] += column_tiles
+        if j >= 0 and v_due[j]:
+            dv = dvs[j][:, v_at[j]:]
+            v_at[j] += tiles
+        _launch(_scaled_cast_backward_kernel, (column_tiles, tiles, matrices), part, w, u, v, dw, du, dv,
+                DU_ROW=0 if du is None else du.stride(1), DV_MATRIX=0 if dv is None else dv.stride(0), num_warps=4,
+                **constants)
+    dus = [None if du is None else du.sum((0, 2) if u.dim() == 1 else 2).view(u.shape).to(u.dtype)
+           for u, du in zip(us, dus)]
+    dvs = [None if dv is None else dv.sum((0, 1) if v.dim() == 1 else 1).view(v.shape).to(v.dtype)
+           for v, dv in zip(vs, dvs)]
+    return [d for d in (*dws, *dus, *dvs) if d is not None]
+
+
+@_scaled_cast_backward.register_fake
+def _(dout, weights, us, u_of, vs, v_of, align, w_due, u_due, v_due):
+    inputs = zip((*weights, *us, *vs), (*w_due, *u_due, *v_due))
+    return [x.new_empty(x.shape) for x, due in inputs if due]
+
+
+def _scaled_cast_context(ctx, inputs, output):
+    weights, us, ctx.u_of, vs, ctx.v_of, _, ctx.align, _ = inputs
+    ctx.splits = len(weights), len(weights) + len(us)
+    ctx.save_for_backward(*weights, *us, *vs)
+
+
+def _scaled_cast_gradients(ctx, dout):
+    a, b = ctx.splits
+    saved = ctx.saved_tensors
+    w_due, u_due, v_due = (list(ctx.needs_input_grad[i]) for i in (0, 1, 3))
+    due = iter(_scaled_cast_backward(dout, saved[:a], saved[a:b], ctx.u_of, saved[b:], ctx.v_of, ctx.align, w_due,
+                                     u_due, v_due))
+    dws, dus, dvs = ([next(due) if wanted else None for wanted in part] for part in (w_due, u_due, v_due))
+    return dws, dus, None, dvs, None, None, None, None
+
+
+_scaled_cast.register_autograd(_scaled_cast_gradients, setup_context=_scaled_cast_context)
+
+
+def _distinct(vectors):
+    """[a, None, a, b] as [a, b] and where in it each is, [0, -1, 0, 1]: a vector that is shared gets one gradient."""
+    distinct, of = [], []
+    for x in vectors:
+        if x is None:
+            of.append(-1)
+            continue
+        at = [i for i, other in enumerate(distinct) if other is x]
+        of.append(at[0] if at else len(distinct))
+        if not at:
+            distinct.append(x)
+    return distinct, of
 
 
 def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
@@ -77,6 +516,13 @@ def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
         give them that for nothing.
     Returns (..., sum of N_c filled up, K filled up); the weight itself where there is nothing to do.
     """
+    alone = len(weights) == 1 and us[0] is None and vs[0] is None
+    aligned = not any(w.size(-2) % align or w.size(-1) % align_columns for w in weights)
+    fits = all((u is None or u.shape in (w.shape[-2:-1], w.shape[:-1]))
+               and (v is None or v.shape in (w.shape[-1:], (*w.shape[:-2], w.size(-1))))
+               for w, u, v in zip(weights, us, vs))
+    if _use_triton(weights[0]) and dtype != torch.float64 and fits and not (alone and aligned):
+        return _scaled_cast(weights, *_distinct(us), *_distinct(vs), dtype, align, align_columns)
     parts = []
     for weight, u, v in zip(weights, us, vs):
         fill = -weight.size(-1) % align_columns, -weight.size(-2) % align
@@ -96,6 +542,179 @@ def apply_rope(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+@jit
+def _load_heads(x, token, head, n: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """The two halves of some of the n heads of a token, in fp32, and zeros for a head that is none of the n."""
+    channel = tl.arange(0, HALF)[None, :]
+    here = (head >= 0) & (head < n) & (channel < D // 2)
+    at = x + token * (n * D) + head * D + channel
+    a = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    b = tl.load(at + D // 2, mask=here, other=0.0).to(tl.float32)
+    return a, b
+
+
+@jit
+def _store_heads(x, token, head, a, b, n: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    channel = tl.arange(0, HALF)[None, :]
+    here = (head >= 0) & (head < n) & (channel < D // 2)
+    at = x + token * (n * D) + head * D + channel
+    tl.store(at, a.to(x.dtype.element_ty), mask=here)
+    tl.store(at + D // 2, b.to(x.dtype.element_ty), mask=here)
+
+
+@jit
+def _load_angles(cos, sin, t, D: tl.constexpr, HALF: tl.constexpr):
+    channel = tl.arange(0, HALF)[None, :]
+    at, here = t * (D // 2) + channel, channel < D // 2
+    cos_ = tl.load(cos + at, mask=here, other=0.0).to(tl.float32)
+    return cos_, tl.load(sin + at, mask=here, other=0.0).to(tl.float32)
+
+
+@jit
+def _qk_norm_rope_kernel(y, cos, sin, gamma, q, k, v, T, y_batch, eps, Y_ROW: tl.constexpr, N_Q: tl.constexpr,
+                         N_KV: tl.constexpr, NORMED: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                         HALF: tl.constexpr):
+    """
+    q, k and v from a token's row of heads: γ ⊙ N(head) for the first NORMED of them, RoPE for those of q and k. gamma,
+    (NORMED, D), may be None.
+
+    Bytes for a bf16 number: 2 read and 2 written. Norm, γ and RoPE one after the other would move 12. v is copied even
+    where it has neither, so that y can be freed: a view would keep all three parts of it until the backward pass.
+    RoPE turns channel i together with channel i + D/2, so a head is read as two halves, and then no channel has to
+    find its partner in another thread's registers. A program takes HEADS heads of one token, which share cos and sin:
+    one head of many tokens would read 8 bytes of them for each 4 of its own. Heads of q, k and v differ in where they
+    go, and otherwise by a mask.
+    """
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    batch, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
+    a, b = _load_heads(y + batch * y_batch + t.to(tl.int64) * Y_ROW, 0, head, N_Q + 2 * N_KV, D, HALF)
+    if NORMED:
+        r = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+        r = tl.where(head < NORMED, r, 1.0)
+        a, b = a * r, b * r
+        if gamma is not None:
+            gamma_a, gamma_b = _load_heads(gamma, 0, head, NORMED, D, HALF)
+            a, b = tl.where(head < NORMED, a * gamma_a, a), tl.where(head < NORMED, b * gamma_b, b)
+    cos_, sin_ = _load_angles(cos, sin, t, D, HALF)
+    turned = head < N_Q + N_KV  # and not cos = 1, sin = 0 for v: an infinite channel would make its partner 0 · ∞
+    a, b = tl.where(turned, a * cos_ - b * sin_, a), tl.where(turned, b * cos_ + a * sin_, b)
+    token = batch * T + t
+    _store_heads(q, token, head, a, b, N_Q, D, HALF)
+    _store_heads(k, token, head - N_Q, a, b, N_KV, D, HALF)
+    _store_heads(v, token, head - N_Q - N_KV, a, b, N_KV, D, HALF)
+
+
+@jit
+def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T, tokens, y_batch, eps,
+                                  Y_ROW: tl.constexpr, N_Q: tl.constexpr, N_KV: tl.constexpr, NORMED: tl.constexpr,
+                                  D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """
+    dy from dq, dk and dv, and for each program along grid axis 0 a row of dγ, (NORMED, D), the sum over its tokens.
+
+    Bytes for a bf16 number: 4 read and 2 written, or 2 and 2 where there is no norm, and so no need of y. dq, dk and
+    dv are read where they are: views of one buffer would have autograd join their gradients, a pass more.
+    RoPE's transpose turns back by the same angle. Then dn = γ ⊙ dz, and dy = r (dn − n · mean(n ⊙ dn)) for n = r y.
+    With γ, programs are few and long: of P programs, each takes every P-th token, and keeps its heads' γ and dγ in
+    registers over all of them. Without γ each token has its own.
+    """
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    turned, normed = head < N_Q + N_KV, head < NORMED
+    if gamma is not None:
+        gamma_a, gamma_b = _load_heads(gamma, 0, head, NORMED, D, HALF)
+        dgamma_a = tl.zeros((HEADS, HALF), tl.float32)
+        dgamma_b = tl.zeros((HEADS, HALF), tl.float32)
+    for i in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        batch, t = (i // T).to(tl.int64), i % T
+        token = batch * T + t
+        q_a, q_b = _load_heads(dq, token, head, N_Q, D, HALF)
+        k_a, k_b = _load_heads(dk, token, head - N_Q, N_KV, D, HALF)
+        v_a, v_b = _load_heads(dv, token, head - N_Q - N_KV, N_KV, D, HALF)
+        a, b = q_a + k_a + v_a, q_b + k_b + v_b  # a head is in one of them, and zeros in the others
+        cos_, sin_ = _load_angles(cos, sin, t, D, HALF)
+        a, b = tl.where(turned, a * cos_ + b * sin_, a), tl.where(turned, b * cos_ - a * sin_, b)
+        if NORMED:
+            n_a, n_b = _load_heads(y + batch * y_batch + t.to(tl.int64) * Y_ROW, 0, head, NORMED, D, HALF)
+            r = tl.rsqrt((tl.sum(n_a * n_a, axis=1) + tl.sum(n_b * n_b, axis=1)) / D + eps)[:, None]
+            n_a, n_b = n_a * r, n_b * r
+            dn_a, dn_b = a, b
+            if gamma is not None:
+                dgamma_a += a * n_a
+                dgamma_b += b * n_b
+                dn_a, dn_b = a * gamma_a, b * gamma_b
+            c = ((tl.sum(n_a * dn_a, axis=1) + tl.sum(n_b * dn_b, axis=1)) / D)[:, None]
+            a, b = tl.where(normed, r * (dn_a - c * n_a), a), tl.where(normed, r * (dn_b - c * n_b), b)
+        _store_heads(dy, token, head, a, b, N_Q + 2 * N_KV, D, HALF)
+    if gamma is not None:
+        _store_heads(dgamma, tl.program_id(0), head, dgamma_a, dgamma_b, NORMED, D, HALF)
+
+
+def _head_tile(cos, n_head, n_kv_head):
+    """Constants of both kernels, and how many programs share a token: 512 pairs of channels each, for 64 threads."""
+    heads, half = n_head + 2 * n_kv_head, triton.next_power_of_2(cos.size(-1))
+    tile = min(max(1, 512 // half), triton.next_power_of_2(heads))
+    constants = dict(N_Q=n_head, N_KV=n_kv_head, D=2 * cos.size(-1), HEADS=tile, HALF=half, num_warps=2)
+    return constants, triton.cdiv(heads, tile)
+
+
+@torch.library.custom_op("nanoscale::qk_norm_rope", mutates_args=())
+def _qk_norm_rope(y: Tensor, cos: Tensor, sin: Tensor, gamma: Optional[Tensor], n_head: int, n_kv_head: int,
+                  normed: int, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _empty_heads(y, cos, n_head, n_kv_head)
+    y = y if y.stride(-1) == 1 else y.contiguous()
+    constants, blocks = _head_tile(cos, n_head, n_kv_head)
+    _launch(_qk_norm_rope_kernel, (y.size(0) * y.size(1), blocks), y, cos.contiguous(), sin.contiguous(),
+            None if gamma is None else gamma.contiguous(), q, k, v, y.size(1), y.stride(0), eps, Y_ROW=y.stride(1),
+            NORMED=normed, **constants)
+    return q, k, v
+
+
+@_qk_norm_rope.register_fake
+def _(y, cos, sin, gamma, n_head, n_kv_head, normed, eps):
+    return _empty_heads(y, cos, n_head, n_kv_head)
+
+
+def _empty_heads(y, cos, n_head, n_kv_head):
+    return tuple(y.new_empty((*y.shape[:2], n, 2 * cos.size(-1))) for n in (n_head, n_kv_head, n_kv_head))
+
+
+@torch.library.custom_op("nanoscale::qk_norm_rope_backward", mutates_args=())
+def _qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Optional[Tensor], cos: Tensor, sin: Tensor,
+                           gamma: Optional[Tensor], normed: int, eps: float) -> Tuple[Tensor, Tensor]:
+    (B, T, n_head, d), n_kv_head = dq.shape, dk.size(2)
+    dy = dq.new_empty((B, T, (n_head + 2 * n_kv_head) * d))
+    constants, blocks = _head_tile(cos, n_head, n_kv_head)
+    programs = B * T
+    if gamma is not None:
+        programs = min(B * T, max(1, _programs(B * T * blocks, constants["num_warps"], dq.device) // blocks))
+    dgamma = None if gamma is None else gamma.new_empty((programs, *gamma.shape), dtype=torch.float32)
+    y = None if y is None else y if y.stride(-1) == 1 else y.contiguous()
+    y_strides = (0, 0) if y is None else y.stride()[:2]
+    _launch(_qk_norm_rope_backward_kernel, (programs, blocks), dq.contiguous(), dk.contiguous(), dv.contiguous(), y,
+            cos.contiguous(), sin.contiguous(), None if gamma is None else gamma.contiguous(), dy, dgamma, T, B * T,
+            y_strides[0], eps, Y_ROW=y_strides[1], NORMED=normed, **constants)
+    return dy, dq.new_empty(0) if gamma is None else dgamma.sum(0).to(gamma.dtype)
+
+
+@_qk_norm_rope_backward.register_fake
+def _(dq, dk, dv, y, cos, sin, gamma, normed, eps):
+    dy = dq.new_empty((*dq.shape[:2], (dq.size(2) + 2 * dk.size(2)) * dq.size(3)))
+    return dy, dq.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+
+
+def _qk_norm_rope_context(ctx, inputs, output):
+    y, cos, sin, gamma, _, _, ctx.normed, ctx.eps = inputs
+    ctx.save_for_backward(y if ctx.normed else None, cos, sin, gamma)  # a rotation alone need not keep what it turned
+
+
+def _qk_norm_rope_gradients(ctx, dq, dk, dv):
+    y, cos, sin, gamma = ctx.saved_tensors
+    dy, dgamma = _qk_norm_rope_backward(dq, dk, dv, y, cos, sin, gamma, ctx.normed, ctx.eps)
+    return dy, None, None, None if gamma is None else dgamma, None, None, None, None
+
+
+_qk_norm_rope.register_autograd(_qk_norm_rope_gradients, setup_context=_qk_norm_rope_context)
+
+
 def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(None, None, None), group=None):
     """
     q, k and v for attention, from a GEMM's rows that hold all three: a norm with its γ, then RoPE on q and k.
@@ -106,6 +725,13 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(Non
     Returns q (B, T, n_head, d_head), k and v (B, T, n_kv_head, d_head).
     """
     d = 2 * cos.size(-1)
+    if _use_triton(y) and normed in ("", "qk", "qkv") and (not normed or group == d):
+        # γ as one number for each channel of each head that has a norm; autograd undoes this for those that share it
+        sizes, gamma = {"q": n_head, "k": n_kv_head, "v": n_kv_head}, None
+        if any(g is not None for _, g in zip(normed, gammas)):
+            gamma = torch.cat([torch.ones((sizes[c], d), device=y.device) if g is None
+                               else g.reshape(-1, d).expand(sizes[c], d) for c, g in zip(normed, gammas)])
+        return _qk_norm_rope(y, cos, sin, gamma, n_head, n_kv_head, sum(sizes[c] for c in normed), eps)
     heads = []
     for name, x, gamma in zip("qkv", y.split([n_head * d, n_kv_head * d, n_kv_head * d], dim=-1), gammas):
         if name in normed:
@@ -113,6 +739,157 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(Non
         x = x.unflatten(-1, (-1, d))
         heads.append(x if name == "v" else apply_rope(x, cos, sin))
     return tuple(heads)
+
+
+@jit
+def _swiglu_kernel(y, gamma_gate, gamma_up, h, rows, eps, Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+                   NORMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    h = silu(a) ⊙ b, where (a, b) = (gate, up), or (γ_gate ⊙ N(gate), γ_up ⊙ N(up)) where NORMED. Each γ may be None.
+
+    Bytes for a bf16 number of h: 4 read and 2 written; the norms add none to them. One after the other, two norms,
+    SiLU and product would move 18.
+    A program holds whole rows of both halves where it has to know their means, otherwise a piece of the columns.
+    Everything is read and written up to M, γ too, and cut at N in registers. M is a multiple of 8, so all accesses are
+    16 bytes wide; a mask that ends at 4778 numbers would make them 4, and one that ends at 3413 only 2.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    here, used = (row < rows) & (column < M), column < N
+    a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
+    b = tl.where(used, tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32), 0.0)
+    if NORMED:
+        a, _ = _norm(a, eps, N)
+        b, _ = _norm(b, eps, N)
+        if gamma_gate is not None:
+            a *= tl.load(gamma_gate + column, mask=column < M, other=0.0)
+        if gamma_up is not None:
+            b *= tl.load(gamma_up + column, mask=column < M, other=0.0)
+    h_ = tl.where(used, a / (1.0 + tl.exp(-a)) * b, 0.0)  # again, since 0 · r is NaN in a row of NaN
+    tl.store(h + row * M + column, h_.to(h.dtype.element_ty), mask=here)
+
+
+@jit
+def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma_up, rows, steps, eps,
+                            DH_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+                            NORMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    dy, the gradients of gate and up in y's layout, and for each program a row of dγ_gate and dγ_up, from dh and y.
+
+    Bytes for a bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: to keep N(gate)
+    and N(up) would cost the forward pass 4 more, and memory.
+    With a γ, programs are few and long as in _rms_norm_backward_kernel. With three inputs and two sums for each
+    column, registers are scarce. So γ is loaded again for each row, from the L1 cache, where it stays; and the launch
+    asks for at most 128 registers a thread, of which a processor's 65,536 are enough for the 16 warps that _programs
+    counts on. Left alone, the compiler takes 170, and a quarter of the programs would wait until the others end.
+    """
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    if gamma_gate is not None:
+        dgamma_gate_ = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if gamma_up is not None:
+        dgamma_up_ = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = tl.program_id(0).to(tl.int64)
+    for i in range(steps):
+        row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
+        here, used = (row < rows) & (column < M), (row < rows) & (column < N)
+        a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
+        b = tl.where(used, tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32), 0.0)
+        dh_ = tl.where(used, tl.load(dh + row * DH_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
+        if NORMED:
+            gate, r_gate = _norm(a, eps, N)
+            up, r_up = _norm(b, eps, N)
+            a, b = gate, up
+            if gamma_gate is not None:
+                gamma_gate_ = tl.load(gamma_gate + column, mask=column < M, other=0.0)
+                a = gate * gamma_gate_
+            if gamma_up is not None:
+                gamma_up_ = tl.load(gamma_up + column, mask=column < M, other=0.0)
+                b = up * gamma_up_
+        s = 1.0 / (1.0 + tl.exp(-a))
+        da = dh_ * b * s * (1.0 + a * (1.0 - s))
+        db = dh_ * a * s
+        if NORMED:
+            if gamma_gate is not None:
+                dgamma_gate_ += tl.where(used, da * gate, 0.0)
+                da *= gamma_gate_
+            if gamma_up is not None:
+                dgamma_up_ += tl.where(used, db * up, 0.0)
+                db *= gamma_up_
+            da, db = _norm_backward(da, gate, r_gate, N), _norm_backward(db, up, r_up, N)
+        da, db = tl.where(used, da, 0.0), tl.where(used, db, 0.0)
+        tl.store(dy + row * (2 * M) + column, da.to(dy.dtype.element_ty), mask=here)
+        tl.store(dy + row * (2 * M) + M + column, db.to(dy.dtype.element_ty), mask=here)
+    if gamma_gate is not None:
+        tl.store(dgamma_gate + tl.program_id(0) * M + column, tl.sum(dgamma_gate_, axis=0)[None, :], mask=column < M)
+    if gamma_up is not None:
+        tl.store(dgamma_up + tl.program_id(0) * M + column, tl.sum(dgamma_up_, axis=0)[None, :], mask=column < M)
+
+
+def _filled(gamma, m):
+    """γ with zeros up to m, contiguous; None stays."""
+    return gamma if gamma is None else F.pad(gamma, (0, m - gamma.size(0))).contiguous()
+
+
+def _swiglu_tile(m, normed):
+    """(rows, columns, warps, tiles side by side): all m columns in one where the means need them, else 1024."""
+    tile, columns, warps = _tile(m if normed else min(m, 1024), 16)
+    return tile, columns, warps, triton.cdiv(m, columns)
+
+
+@torch.library.custom_op("nanoscale::swiglu", mutates_args=())
+def _swiglu(y: Tensor, n: int, eps: float, normed: bool, gamma_gate: Optional[Tensor],
+            gamma_up: Optional[Tensor]) -> Tensor:
+    m = y.size(-1) // 2
+    h = y.new_empty(*y.shape[:-1], m)
+    y = _rows(y)
+    gammas = [_filled(gamma, m) for gamma in (gamma_gate, gamma_up)]
+    tile, columns, warps, across = _swiglu_tile(m, normed)
+    _launch(_swiglu_kernel, (triton.cdiv(y.size(0), tile), across), y, *gammas, h, y.size(0), eps,
+            Y_STRIDE=y.stride(0), N=n, M=m, NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps)
+    return h
+
+
+@_swiglu.register_fake
+def _(y, n, eps, normed, gamma_gate, gamma_up):
+    return y.new_empty(*y.shape[:-1], y.size(-1) // 2)
+
+
+@torch.library.custom_op("nanoscale::swiglu_backward", mutates_args=())
+def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool, gamma_gate: Optional[Tensor],
+                     gamma_up: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    m = y.size(-1) // 2
+    dy = y.new_empty(y.shape)
+    dh, y = _rows(dh), _rows(y)
+    gammas = [_filled(gamma, m) for gamma in (gamma_gate, gamma_up)]
+    tile, columns, warps, across = _swiglu_tile(m, normed)
+    tiles = programs = triton.cdiv(y.size(0), tile)
+    if gamma_gate is not None or gamma_up is not None:
+        programs = _programs(tiles, warps, y.device)
+    dgammas = [None if gamma is None else gamma.new_empty(programs, m) for gamma in gammas]
+    _launch(_swiglu_backward_kernel, (programs, across), dh, y, *gammas, dy, *dgammas, y.size(0),
+            triton.cdiv(tiles, max(1, programs)), eps, DH_STRIDE=dh.stride(0), Y_STRIDE=y.stride(0), N=n, M=m,
+            NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps, maxnreg=128 if warps <= 16 else None)
+    return dy, *(y.new_empty(0) if dgamma is None else dgamma[:, :n].sum(0) for dgamma in dgammas)
+
+
+@_swiglu_backward.register_fake
+def _(dh, y, n, eps, normed, gamma_gate, gamma_up):
+    dgammas = (y.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape) for gamma in (gamma_gate, gamma_up))
+    return y.new_empty(y.shape), *dgammas
+
+
+def _swiglu_context(ctx, inputs, output):
+    y, ctx.n, ctx.eps, ctx.normed, gamma_gate, gamma_up = inputs
+    ctx.save_for_backward(y, gamma_gate, gamma_up)
+
+
+def _swiglu_gradients(ctx, dh):
+    y, *gammas = ctx.saved_tensors
+    dy, *dgammas = _swiglu_backward(dh, y, ctx.n, ctx.eps, ctx.normed, *gammas)
+    return dy, None, None, None, *(None if g is None else dg for g, dg in zip(gammas, dgammas))
+
+
+_swiglu.register_autograd(_swiglu_gradients, setup_context=_swiglu_context)
 
 
 def swiglu(y, n, eps=0.0, normed=False, gammas=(None, None)):
@@ -123,6 +900,9 @@ def swiglu(y, n, eps=0.0, normed=False, gammas=(None, None)):
     gate and up, None, (n,) or a row for each row of y, in fp32. Returns (..., m), with zeros behind the first n.
     """
     m = y.size(-1) // 2
+    gammas = gammas if normed else (None, None)
+    if _use_triton(y) and 0 < m and (m <= WIDEST or not normed) and all(_is_vector(gamma, n) for gamma in gammas):
+        return _swiglu(y, n, eps, normed, *gammas)
     gate, _, up, _ = y.split([n, m - n, n, m - n], dim=-1)
     if normed:
         gate, up = rms_norm(gate, eps, gammas[0]), rms_norm(up, eps, gammas[1])

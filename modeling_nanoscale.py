@@ -1,7 +1,8 @@
 """
 nanoScale's Transformer for Hugging Face transformers, for models that no class of theirs computes: with norms behind
-q, k, v, gate and up (DNP), or over all channels of q and k. Folded: the scale vectors left are those that no weight
-can take. export.py puts this file beside the weights; load them with trust_remote_code=True. It needs nothing else.
+q, k, v, gate and up (DNP), or over all channels of q and k, and mixtures of experts in layouts that theirs have not.
+Folded: the scale vectors left are those that no weight can take. export.py puts this file beside the weights; load them
+with trust_remote_code=True. It needs nothing else.
 """
 
 import torch
@@ -16,6 +17,8 @@ class NanoScaleConfig(PretrainedConfig):
     Llama's names, and nanoScale's for the norms. arch 'gemma': post-norms, and a QK-norm. attn_placement,
     ffn_placement: 'input' no norm behind the branches, 'norm' one without a scale vector, 'dual_norm' one with it.
     qkv_norm: the norms of q, k and v are over each 'head' or over the 'full' width. scale_vectors: False for none.
+    n_experts: 0 for a dense model. router: the chosen experts' weights are a 'softmax' over them, their share of a
+    softmax over all ('softmax_all'), or a 'sigmoid' divided by the sum over the chosen.
     """
 
     model_type = "nanoscale"
@@ -23,8 +26,9 @@ class NanoScaleConfig(PretrainedConfig):
     def __init__(self, vocab_size=256, hidden_size=128, intermediate_size=341, num_hidden_layers=4,
                  num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=256,
                  rope_theta=10000.0, rms_norm_eps=1e-6, arch="llama", attn_placement="dual_norm",
-                 ffn_placement="dual_norm", qkv_norm="head", scale_vectors=True, initializer_range=0.02,
-                 use_cache=True, tie_word_embeddings=False, **kwargs):
+                 ffn_placement="dual_norm", qkv_norm="head", scale_vectors=True, n_experts=0, experts_per_token=2,
+                 n_shared_experts=0, expert_dim=0, router="softmax", initializer_range=0.02, use_cache=True,
+                 tie_word_embeddings=False, **kwargs):
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
@@ -32,6 +36,8 @@ class NanoScaleConfig(PretrainedConfig):
         self.rope_theta, self.rms_norm_eps = rope_theta, rms_norm_eps
         self.arch, self.attn_placement, self.ffn_placement = arch, attn_placement, ffn_placement
         self.qkv_norm, self.scale_vectors = qkv_norm, scale_vectors
+        self.n_experts, self.experts_per_token, self.router = n_experts, experts_per_token, router
+        self.n_shared_experts, self.expert_dim = n_shared_experts, expert_dim
         self.initializer_range, self.use_cache = initializer_range, use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
@@ -89,9 +95,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, m):
         super().__init__()
-        n, m = config.hidden_size, config.intermediate_size
+        n = config.hidden_size
         self.gate_proj, self.up_proj = nn.Linear(n, m, bias=False), nn.Linear(n, m, bias=False)
         self.down_proj = nn.Linear(m, n, bias=False)
         self.gate_norm = self.up_norm = nn.Identity()
@@ -103,11 +109,40 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_norm(self.gate_proj(h))) * self.up_norm(self.up_proj(h)))
 
 
+class MoE(nn.Module):
+    """Each token goes through the K experts with the highest scores, and through the shared ones, which are one MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.router, self.k = config.router, config.experts_per_token
+        self.gate = nn.Linear(config.hidden_size, config.n_experts, bias=False)
+        self.gate.register_buffer("e_score_correction_bias", torch.zeros(config.n_experts))  # for the choice alone
+        self.experts = nn.ModuleList(MLP(config, config.expert_dim) for _ in range(config.n_experts))
+        shared = config.n_shared_experts * config.expert_dim
+        self.shared_experts = MLP(config, shared) if shared else None
+
+    def forward(self, h):
+        x = h.flatten(0, 1)  # (tokens, n)
+        logits = F.linear(x.float(), self.gate.weight.float())  # (tokens, experts)
+        scores = logits.sigmoid() if self.router == "sigmoid" else logits.softmax(-1)
+        chosen = (scores + self.gate.e_score_correction_bias).topk(self.k).indices  # (tokens, K)
+        weights = logits.gather(1, chosen).softmax(-1) if self.router == "softmax" else scores.gather(1, chosen)
+        if self.router == "sigmoid":
+            weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            y = y.index_add(0, token, (expert(x[token]) * weights[token, place, None]).to(y.dtype))
+        y = y.view_as(h)
+        return y if self.shared_experts is None else y + self.shared_experts(h)
+
+
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         n, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn, self.mlp, self.norm = Attention(config, layer), MLP(config), Norm(0, n, eps)
+        self.self_attn, self.norm = Attention(config, layer), Norm(0, n, eps)
+        self.mlp = MoE(config) if config.n_experts else MLP(config, config.intermediate_size)
         post = (lambda: Norm(n if config.scale_vectors else 0, n, eps)) if config.arch == "gemma" else nn.Identity
         self.post_attention_layernorm, self.post_feedforward_layernorm = post(), post()
 
@@ -128,6 +163,7 @@ class NanoScaleForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanoScaleConfig
     base_model_prefix = "model"
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config):
         super().__init__(config)

@@ -4,19 +4,22 @@ Text from a trained run, or from a folder that export.py wrote, streamed as it c
     python sample.py out/unified --prompt "def main():" --num_samples 2
     python sample.py models/unified --prompt_file question.txt --temperature 0
 
+Also from a Hugging Face Llama's or Mixtral's folder with a tokenizer.json, where the package tokenizers is installed.
+
 The model sees block_size tokens at most. When they are full, the older half is dropped and the rest read anew.
 """
 
 import argparse
 import codecs
 import sys
+from pathlib import Path
 
 from configurator import ConfigError, refuse
 
 
 def arguments(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="the folder of a run, with its ckpt.pt, or of an export of either kind")
+    parser.add_argument("model", help="the folder of a run, with its ckpt.pt, or of a model in either format")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="what to continue; default: the start of a document")
     prompt.add_argument("--prompt_file", help="a UTF-8 file with what to continue")
@@ -42,6 +45,43 @@ def read_prompt(args):
         raise ConfigError(f"prompt_file {args.prompt_file} cannot be read: {e}") from None
 
 
+def open_tokenizer(name, folder):
+    """
+    (encode, decoder) by our tokenizer's name, or, where that is None, by the folder's tokenizer.json. encode(text) is
+    the list of tokens that a document with this text begins with. decoder(tokens) goes on behind them: a function from
+    each next token to the text that is complete with it, and from None, the end, to what is left. Raises ConfigError.
+    """
+    if name is not None:
+        from data.tokens import load_tokenizer
+        ours = load_tokenizer(name)
+
+        def decoder(tokens):
+            # a token may end in the middle of a character: its bytes are held back until the rest has come
+            utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            return lambda token: utf8.decode(b"" if token is None else ours.token_bytes(token), final=token is None)
+        return lambda text: [ours.separator, *ours.encode(text).tolist()], decoder
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.exists():
+        raise ConfigError(f"{folder} is not a model of nanoScale's and has no tokenizer.json: its tokenizer is unknown")
+    try:
+        from tokenizers import Tokenizer
+        from tokenizers.decoders import DecodeStream
+    except ImportError:
+        raise ConfigError(f"{path} is for Hugging Face's tokenizers: pip install tokenizers") from None
+    try:
+        theirs = Tokenizer.from_file(str(path))
+    except Exception as e:  # that package raises nothing more precise
+        raise ConfigError(f"{path} cannot be read: {e}") from None
+
+    def decoder(tokens):
+        stream = DecodeStream(skip_special_tokens=True)
+        for token in tokens:
+            stream.step(theirs, token)
+        return lambda token: "" if token is None else stream.step(theirs, token) or ""
+    return lambda text: theirs.encode(text).ids, decoder
+
+
 def main(args):
     prompt = read_prompt(args)
 
@@ -49,7 +89,6 @@ def main(args):
 
     import torch
 
-    from data.tokens import load_tokenizer
     from export import open_model
     from folding import fold, load
     from model import GPT
@@ -57,28 +96,30 @@ def main(args):
 
     device, dtype = pick_device(Settings(device=args.device))
     trained, name = open_model(args.model)
-    if name is None:
-        raise ConfigError(f"{args.model} is not a model of nanoScale's: its tokenizer is unknown")
-    tokenizer = load_tokenizer(name)
-    # folded, so that generating spends nothing on scale vectors
+    encode, decoder = open_tokenizer(name, args.model)
+    start = encode(prompt)
+    if not start:
+        raise ConfigError(f"{args.model}: its tokenizer begins a document with nothing; give it a --prompt")
+    if max(start) >= trained.config.vocab_size:
+        raise ConfigError(f"{args.model}: its tokenizer knows token {max(start)}, and the model "
+                          f"{trained.config.vocab_size} tokens")
+    # folded, so that generating spends nothing on scale vectors; and no cache for more tokens than there will be
     config, tensors = fold(trained)
-    model = GPT(replace(config, dtype=dtype))
+    block_size = min(config.block_size, len(start) + args.max_new_tokens)
+    model = GPT(replace(config, dtype=dtype, block_size=block_size))
     load(model, tensors)
     model.to(device)
     del trained, tensors
 
-    start = [tokenizer.separator, *tokenizer.encode(prompt).tolist()]
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in range(args.num_samples):
         if args.num_samples > 1:
             print(f"--- sample {i + 1} of {args.num_samples}")
-        # a token may end in the middle of a character: the decoder holds its bytes back until the rest has come
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         print(prompt, end="", flush=True)
-        idx = torch.tensor([start], device=device)
+        decode, idx = decoder(start), torch.tensor([start], device=device)
         for token in model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, generator):
-            print(decoder.decode(tokenizer.token_bytes(token.item())), end="", flush=True)
-        print(decoder.decode(b"", final=True))
+            print(decode(token.item()), end="", flush=True)
+        print(decode(None))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Settings:
     log_interval: Count = 10  # steps between rows of the log
     save_interval: Count = 100  # steps between checkpoints
     # the run
-    init_from: str = ""  # start from the weights, and the shape, of a folder by export.py or of a Hugging Face Llama
+    init_from: str = ""  # start from weights and shape of a folder by export.py, or of a Hugging Face Llama or Mixtral
     seed: Seed = 1  # of the initial weights and the order of the data
     out_dir: str = ""  # of the run; empty is out/ and the names of the config files
     resume: bool = False  # go on from out_dir's checkpoint

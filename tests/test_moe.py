@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 import faults
 import train
-from configurator import ConfigError, configure
+from configurator import configure
 from conftest import ROOT
-from folding import fold
 from kernels import rms_norm
 from model import GPT, GPTConfig, MoE, Route
 from norms import FORMS, PLACEMENTS, Branches, ScaleVector
@@ -532,11 +531,6 @@ def test_impossible_mixtures_are_refused(kw, message, settings, capsys):
     with pytest.raises(SystemExit) as stop:
         train.run(s)
     assert stop.value.code == 2 and message in capsys.readouterr().err and not Path(s.out_dir).exists()
-
-
-def test_folding_a_mixture_is_refused():
-    with pytest.raises(ConfigError, match="no folded form"):
-        fold(tiny())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config" / "size").glob("moe_*.py")), ids=lambda p: p.stem)

@@ -1,5 +1,6 @@
 """sample.py, and generation with the KV cache: the same tokens as without it, from a run and from both exports."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 import sample
 from configurator import ConfigError
 from conftest import ROOT
+from data.tokens import load_tokenizer
 from export import arguments as export_arguments
 from export import main as export
 from model import GPT, GPTConfig, KVCache
@@ -17,7 +19,11 @@ from test_export import CASES, TINY, save_run, shaken
 SHAPE = dict(n_layer=2, n_embd=32, n_head=4, ffn_dim=40, block_size=16, vocab_size=64)
 MODELS = [dict(), dict(heterogeneous=True, placement="dual_norm", reparam="or"), dict(n_kv_head=2), dict(n_kv_head=1),
           dict(arch="gemma"), dict(arch="gemma", n_kv_head=2, qkv_norm="full", placement="dual"), dict(d_head=6),
-          dict(tie_embeddings=True, scale_vectors=False), dict(block_size=1), dict(block_size=7)]
+          dict(tie_embeddings=True, scale_vectors=False), dict(block_size=1), dict(block_size=7),
+          *(dict(n_experts=5, router=router, router_bias=0.01, n_shared_experts=1, expert_dim=24)
+            for router in ("softmax", "softmax_all", "sigmoid")),
+          dict(n_experts=4, heterogeneous=True, placement="dual_norm", expert_scales="own", reparam="or")]
+MIXTURE = ["--n_experts=4", "--expert_dim=24"]
 
 
 def generate_without_cache(model, idx, n, pick):
@@ -91,15 +97,20 @@ def text_of(args, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", ["baseline", "unified", "gemma_wd_all", "unified-8"])
-def test_a_run_and_both_exports_write_the_same_text(case, tmp_path, capsys):
-    save_run(tmp_path / "run", [*TINY, *CASES[case]])
+@pytest.mark.parametrize("case,flags", [
+    ("baseline", ()), ("unified", ()), ("gemma_wd_all", ()), ("unified-8", ()), ("hg", MIXTURE), ("unified", MIXTURE),
+    ("gemma_wd_all", (*MIXTURE, "--router=softmax_all")), ("dp", (*MIXTURE, "--router=softmax_all")),
+    ("hg", (*MIXTURE, "--router=sigmoid", "--router_bias=0.01", "--n_shared_experts=1"))], ids=str)
+def test_a_run_and_both_exports_write_the_same_text(case, flags, tmp_path, capsys):
+    model, ours = save_run(tmp_path / "run", [*TINY, *CASES[case], *flags]), load_tokenizer("bytes")
     for to in ("hf", "nanoscale"):
         export(export_arguments([str(tmp_path / "run"), "--to", to, "--out", str(tmp_path / to)]))
     capsys.readouterr()
     flags = ("--device", "cpu", "--prompt", "def é(", "--max_new_tokens", 60, "--temperature", 0)
     texts = {text_of((tmp_path / folder, *flags), capsys) for folder in ("run", "hf", "nanoscale")}
-    assert len(texts) == 1 and texts.pop().startswith("def é(")
+    tokens = model.generate(torch.tensor([[0, *"def é(".encode()]]), 60, temperature=0)
+    expected = b"".join(ours.token_bytes(token.item()) for token in tokens).decode(errors="replace")
+    assert texts == {f"def é({expected}\n"}
 
 
 def test_seed_samples_and_prompt_file(tmp_path, capsys):
@@ -129,3 +140,65 @@ def test_wrong_usage_is_one_line(tmp_path):
         sample.arguments(["x", "--prompt", "a", "--prompt_file", "b"])
     with pytest.raises(SystemExit):
         sample.arguments(["x", "--num_samples", "0"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# other people's models
+
+
+@pytest.fixture
+def llama(tmp_path, capsys):
+    """A folder with ours, an export, and theirs: the same where nothing says that it is ours."""
+    pytest.importorskip("tokenizers", reason="other people's tokenizers need Hugging Face's package")
+    save_run(tmp_path / "run", [*TINY, "--n_experts=4"])
+    for name in ("ours", "theirs"):
+        export(export_arguments([str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / name)]))
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    del config["nanoscale_tokenizer"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    return tmp_path
+
+
+@pytest.mark.parametrize("prompt", ["", "def é(", "你好"])
+def test_a_foreign_folder_writes_by_its_own_tokenizer(prompt, llama, capsys):
+    flags = ("--device", "cpu", "--prompt", prompt, "--max_new_tokens", 100, "--num_samples", 2)
+    ours, theirs = text_of((llama / "ours", *flags), capsys), text_of((llama / "theirs", *flags), capsys)
+    # bytes that make no character may be told in more or fewer signs
+    assert [c for c in theirs if c != "\ufffd" and c.isprintable()] == [
+        c for c in ours if c != "\ufffd" and c.isprintable()] and len(theirs) > 100
+
+
+def test_words_keep_the_space_between_them(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="other people's tokenizers need Hugging Face's package")
+    vocab = {token: i for i, token in enumerate(["<s>", "▁def", "▁main", "()", "▁x"])}
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<s>"))
+    theirs.pre_tokenizer, theirs.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    encode, decoder = sample.open_tokenizer(None, tmp_path)
+    assert encode("def main") == [1, 2] and encode("") == []
+    decode = decoder([1, 2])
+    assert [decode(i) for i in (4, 3, 2, None)] == [" x", "()", " main", ""]
+
+
+def test_a_foreign_folder_without_a_tokenizer_is_refused_in_one_line(llama, monkeypatch):
+    def refused(message, *flags):
+        with pytest.raises(ConfigError, match=message) as e:
+            sample.main(sample.arguments([str(llama / "theirs"), "--device", "cpu", *flags]))
+        assert "\n" not in str(e.value)
+
+    path = llama / "theirs" / "tokenizer.json"
+    there = json.loads(path.read_text())
+    path.write_text(json.dumps({**there, "post_processor": None}))
+    refused("begins a document with nothing; give it a --prompt")
+    there["added_tokens"][0]["id"] = there["model"]["vocab"]["<|endoftext|>"] = 999
+    there["post_processor"]["special_tokens"]["<|endoftext|>"]["ids"] = [999]
+    path.write_text(json.dumps(there))
+    refused("knows token 999, and the model 256")
+    path.write_text("{")
+    refused("tokenizer.json cannot be read")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tokenizers", None)
+        refused("pip install tokenizers")
+    path.unlink()
+    refused("has no tokenizer.json: its tokenizer is unknown")

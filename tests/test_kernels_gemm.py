@@ -1,0 +1,372 @@
+"""
+kernels.py's scaled_cast and qk_norm_rope, which stand before and behind a GEMM, as Triton kernels. What test_kernels.py
+says of the interpreter holds here too.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from conftest import ROOT
+from kernels import backend, qk_norm_rope, scaled_cast
+from model import rope_tables
+from test_kernels import (DEVICE, DTYPES, EPS, GPU, against_float64, gamma, launched, outputs_and_grads, pytestmark,
+                          randn, seed, strided)
+from test_model import shake
+from test_norms import naive_rms_norm
+
+CAST = ["_scaled_cast_kernel", "_scaled_cast_backward_kernel"]
+ROPE = ["_qk_norm_rope_kernel", "_qk_norm_rope_backward_kernel"]
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fresh memory is NaN, so that nothing a kernel leaves out can be a zero by luck."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def vector(*shape):
+    return torch.rand(shape, device=DEVICE) + 0.5
+
+
+# -- scaled_cast ------------------------------------------------------------------------------------------------------
+
+def naive_cast(weights, us, vs, align, align_columns):
+    parts = []
+    for w, u, v in zip(weights, us, vs):
+        w = w if u is None else u.unsqueeze(-1).expand(w.shape) * w
+        w = w if v is None else w * v.unsqueeze(-2).expand(w.shape)
+        parts.append(F.pad(w, (0, -w.size(-1) % align_columns, 0, -w.size(-2) % align)))
+    return torch.cat(parts, dim=-2)
+
+
+def two_casts(lead, ns, k, pattern, share, dtype, align, align_columns):
+    """
+    Our scaled_cast and the naive one as functions of the same tensors, and these. pattern: for each branch a word of
+    'u' and 'v'. share: all branches have one v.
+    """
+    inputs = [randn(*lead, n, k) for n in ns]
+    at = [[None, None] for _ in ns]
+    for i, (n, word) in enumerate(zip(ns, pattern)):
+        if "u" in word:
+            at[i][0] = len(inputs)
+            inputs.append(vector(*lead, n))
+        if "v" in word:
+            first = next((b for _, b in at if b is not None), None) if share else None
+            at[i][1] = len(inputs) if first is None else first
+            if first is None:
+                inputs.append(vector(k) if share else vector(*lead, k))
+
+    def vectors(tensors):
+        return [[None if j is None else tensors[j] for j in side] for side in zip(*at)]
+
+    def ours(*t):
+        return scaled_cast(list(t[:len(ns)]), *vectors(t), dtype, align, align_columns)
+
+    def naive(*t):
+        return naive_cast(t[:len(ns)], *vectors(t), align, align_columns)
+    return ours, naive, inputs
+
+
+SHAPES = [((), (37, 70), 45), ((), (1, 33), 130), ((), (8, 16), 16), ((3,), (9, 40), 10), ((2, 2), (3, 5), 4),
+          ((), (0, 3), 5), ((), (4, 4), 1), ((), (2, 3), 0)]
+
+
+@pytest.mark.parametrize("lead,ns,k", SHAPES)
+@pytest.mark.parametrize("pattern,share", [(("", ""), False), (("v", "v"), True), (("v", "v"), False),
+                                           (("uv", "uv"), False), (("u", "v"), False)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_cast_against_float64(lead, ns, k, pattern, share, dtype, launched):
+    f, naive, inputs = two_casts(lead, ns, k, pattern, share, dtype, 8, 4)
+    n_filled, k_filled = sum(n + -n % 8 for n in ns), k + -k % 4
+    ours = against_float64(f, naive, inputs, [randn(*lead, n_filled, k_filled, dtype=dtype)], dtype)
+    assert ours[0].dtype == dtype and [g.dtype for g in ours[1:]] == [torch.float32] * len(inputs)
+    with backend("torch"):
+        assert torch.equal(ours[0], f(*inputs))  # both scale in fp32 and round once
+    assert {*launched} == {*CAST}
+
+
+def test_what_is_filled_up_is_zero_and_nan_and_inf_stay_where_they_are():
+    w, u, v = randn(5, 6), vector(5), vector(6)
+    w[0, 1], u[2], v[4] = math.nan, math.inf, math.nan
+    d = randn(8, 8)
+    d[5:], d[:, 6:] = math.nan, math.nan  # what is filled up is no part of the function: its gradient is no one's
+    out, dw, du, dv = outputs_and_grads(
+        lambda *t: scaled_cast([t[0]], [t[1]], [t[2]], torch.float32, 8, 8), [w, u, v], [d], "triton")
+    assert (out[5:] == 0).all() and (out[:, 6:] == 0).all()
+    bad = torch.zeros(5, 6, dtype=torch.bool, device=DEVICE)
+    bad[0, 1], bad[2], bad[:, 4] = True, True, True
+    assert (out[:5, :6].isfinite() == ~bad).all()
+    bad[0, 1] = False
+    assert (dw.isfinite() == ~bad).all()
+    assert not du.isfinite().any() and dv.isfinite().tolist() == [False] * 6  # column 4, row 2 are in each
+
+
+def test_scaled_cast_of_zeros_is_zeros():
+    f, _, inputs = two_casts((), (5, 3), 6, ("uv", "uv"), False, torch.float16, 1, 1)
+    inputs[:2] = [torch.zeros_like(w) for w in inputs[:2]]
+    out, *grads = outputs_and_grads(f, inputs, [randn(8, 6, dtype=torch.float16)], "triton")
+    assert (out == 0).all() and all(g.isfinite().all() for g in grads)
+
+
+def test_a_v_that_branches_share_gets_one_sum(launched):
+    ws, v, d = [randn(40, 10), randn(3, 10), randn(33, 10)], vector(10), randn(76, 10)
+    f = lambda *t: scaled_cast(list(t[:3]), [None] * 3, [t[3], None, t[3]], torch.float32)
+    *_, shared = outputs_and_grads(f, [*ws, v], [d], "triton")
+    expected = (ws[0] * d[:40]).sum(0) + (ws[2] * d[43:]).sum(0)
+    torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-5)
+    assert launched == [CAST[0]] * 3 + [CAST[1]] * 3
+
+
+@pytest.mark.parametrize("wanted", [w for r in (1, 2) for w in itertools.combinations(range(5), r)])
+def test_only_the_gradients_that_are_due_are_computed(wanted, monkeypatch):
+    """Of two weights, u of the first, v of both: what others than the wanted would be is not even written."""
+    inputs = [randn(9, 10), randn(5, 10), vector(9), vector(10), vector(10)]
+    f = lambda a, b, u, v1, v2: scaled_cast([a, b], [u, None], [v1, v2], torch.float32)
+    d, asked, op = randn(14, 10), [], kernels._scaled_cast_backward
+    _, *every = outputs_and_grads(f, inputs, [d], "triton")
+
+    def record(*args):
+        asked.append([i for i, due in enumerate(itertools.chain(*args[-3:])) if due])
+        return op(*args)
+    monkeypatch.setattr(kernels, "_scaled_cast_backward", record)
+    inputs = [t.requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+    with backend("triton"):
+        f(*inputs).backward(d)
+    assert asked == [list(wanted)]
+    for i, (t, expected) in enumerate(zip(inputs, every)):
+        if i in wanted:
+            torch.testing.assert_close(t.grad, expected)
+        else:
+            assert t.grad is None
+
+
+@pytest.mark.parametrize("layout", [strided, lambda t: t.mT.contiguous().mT, lambda t: torch.stack((t, -t), 1)[:, 0]])
+def test_scaled_cast_takes_any_layout(layout):
+    f = lambda w, u, v: scaled_cast([w], [u], [v], torch.float16, 8, 8)
+    inputs, d = [randn(3, 6, 10), vector(3, 6), vector(3, 10)], randn(3, 8, 16, dtype=torch.float16)
+    plain = outputs_and_grads(f, inputs, [d], "triton")
+    other = outputs_and_grads(f, [layout(t) for t in inputs], [layout(d)], "triton")
+    torch.testing.assert_close(other, plain)  # on a GPU sums may be taken in another order
+
+
+def test_nothing_to_do_is_done_by_no_kernel(launched):
+    w = randn(8, 16).requires_grad_()
+    with backend("triton"):
+        assert scaled_cast([w], [None], [None], torch.float32, 8, 8) is w
+        assert torch.equal(scaled_cast([w], [None], [None], torch.float16, 8, 8), w.half())
+        assert scaled_cast([w.double()], [None], [vector(16)], torch.float16).dtype == torch.float16
+        assert scaled_cast([w], [None], [vector(16)], torch.float64).dtype == torch.float64
+        assert launched == []
+        scaled_cast([w], [None], [None], torch.float32, 1, 32)
+        assert launched == CAST[:1]
+    launched.clear()
+    scaled_cast([w], [None], [vector(16)], torch.float16)
+    assert launched == CAST[:1] * GPU
+
+
+# -- qk_norm_rope -----------------------------------------------------------------------------------------------------
+
+def naive_heads(cos, sin, n_head, n_kv_head, normed):
+    d = 2 * cos.size(-1)
+
+    def f(y, *gammas):
+        out = []
+        sizes = [n_head, n_kv_head, n_kv_head]
+        for c, x, g in zip("qkv", y.split([n * d for n in sizes], -1), (*gammas, None, None, None)):
+            x = x.unflatten(-1, (-1, d))
+            if c in normed:
+                x = naive_rms_norm(x, EPS, None if g is None else g.view(-1, d))
+            if c != "v":
+                angles = [torch.cat((t, t), -1).unsqueeze(1).to(x.dtype) for t in (cos, sin)]
+                x = x * angles[0] + torch.cat((-x[..., d // 2:], x[..., :d // 2]), -1) * angles[1]
+            out.append(x)
+        return tuple(out)
+    return f
+
+
+def our_heads(cos, sin, n_head, n_kv_head, normed):
+    return lambda y, *gammas: qk_norm_rope(y, cos, sin, n_head, n_kv_head, EPS, normed, (*gammas, None, None, None)[:3],
+                                           2 * cos.size(-1))
+
+
+def tables(T, d, start=3):
+    cos, sin = rope_tables(d, start + T, 10000.0)
+    return cos[start:].to(DEVICE), sin[start:].to(DEVICE)
+
+
+def heads(B, T, d, n_head, n_kv_head, normed="", gammas="---", dtype=torch.float32):
+    """(ours, naive), their inputs and gradients that arrive. gammas: for q, k, v, none -, shared by heads 1 or own n."""
+    args = *tables(T, d), n_head, n_kv_head, normed
+    sizes = n_head, n_kv_head, n_kv_head
+    given = [None if c == "-" else gamma(d if c == "1" else n * d) for c, n in zip(gammas, sizes)]
+    return (our_heads(*args), naive_heads(*args)), [randn(B, T, sum(sizes) * d, dtype=dtype), *given], [
+        randn(B, T, n, d, dtype=dtype) for n in sizes]
+
+
+# the norms of llama, gemma, DNP and its control, each with γ as models have them, and some that none has
+NORMS = [("", "---"), ("qk", "---"), ("qk", "11-"), ("qk", "nn-"), ("qkv", "---"), ("qkv", "nnn"), ("qkv", "-n1")]
+
+
+@pytest.mark.parametrize("normed,gammas", NORMS)
+@pytest.mark.parametrize("n_head,n_kv_head,d", [(3, 3, 8), (4, 2, 6), (1, 1, 2), (6, 3, 66)])  # of 66, 8 in a tile
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qk_norm_rope_against_float64(normed, gammas, n_head, n_kv_head, d, dtype, launched):
+    B, T = (2, 3) if d < 66 else (1, 2)
+    (f, naive), inputs, douts = heads(B, T, d, n_head, n_kv_head, normed, gammas, dtype)
+    ours = against_float64(f, naive, inputs, douts, dtype)
+    assert all(t.dtype == dtype for t in ours[:4]) and all(t.dtype == torch.float32 for t in ours[4:])
+    assert launched == ROPE
+
+
+@pytest.mark.parametrize("B,T", [(0, 3), (2, 0), (1, 1)])
+def test_no_token_and_one(B, T):
+    (f, naive), inputs, douts = heads(B, T, 4, 2, 1, "qkv", "nnn")
+    *_, dgamma = against_float64(f, naive, inputs, douts, torch.float32)
+    assert (dgamma == 0).all() == (B * T == 0)
+
+
+def test_more_tokens_than_programs(monkeypatch):
+    monkeypatch.setattr(kernels, "_processors", lambda device: 1)
+    (f, naive), inputs, douts = heads(3, 7, 4, 2, 1, "qkv", "nnn")
+    assert kernels._programs(21, 2, inputs[0].device) < 11
+    against_float64(f, naive, inputs, douts, torch.float32)
+
+
+@pytest.mark.parametrize("layout", [strided, lambda t: t.mT.contiguous().mT, lambda t: torch.stack((t, -t), 1)[:, 0],
+                                    lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)])
+@pytest.mark.parametrize("normed,gammas", [("", "---"), ("qkv", "n1n")])
+def test_qk_norm_rope_takes_any_layout(layout, normed, gammas):
+    (f, _), (y, *gammas), douts = heads(2, 3, 8, 4, 2, normed, gammas)
+    plain = outputs_and_grads(f, [y, *gammas], douts, "triton")
+    layouts = [g if g is None else strided(g) for g in gammas]
+    other = outputs_and_grads(f, [layout(y), *layouts], [layout(d) for d in douts], "triton")
+    torch.testing.assert_close(other, plain)  # on a GPU sums may be taken in another order
+
+
+@pytest.mark.parametrize("normed,gammas", [("", "---"), ("qk", "nn-"), ("qkv", "nnn")])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf_stay_in_their_head_and_zeros_survive(normed, gammas, bad):
+    (f, naive), (y, *gammas), douts = heads(2, 3, 8, 3, 2, normed, gammas)
+    row = y.view(2, 3, 7, 8)
+    row[0, 1, 2, 5] = row[1, 2, 4, 0] = row[1, 0, 6, 3] = row[1, 1, 5, 6] = bad  # in heads of q, k, v and v
+    row[0, 0] = 0
+    *out, dy = outputs_and_grads(f, [y, *gammas], douts, "triton")[:4]
+    out, row = torch.cat(out, 2), dy.view(2, 3, 7, 8)
+    hit = torch.zeros(2, 3, 7, dtype=torch.bool, device=DEVICE)
+    hit[0, 1, 2] = hit[1, 2, 4] = hit[1, 0, 6] = hit[1, 1, 5] = True
+    assert (out.isfinite().all(-1) == ~hit).all() and (out[0, 0] == 0).all()
+    for head in (out[1, 0, 6], out[1, 1, 5]):  # of v, which nothing turns: without a norm one channel alone
+        assert (~head.isfinite()).sum() == (8 if "v" in normed and math.isnan(bad) else 1)
+    # a gradient depends on y through a norm alone
+    through = hit.clone()
+    through[:, :, {"": 0, "qk": 5, "qkv": 7}[normed]:] = False
+    assert (row.isfinite().all(-1) == ~through).all()
+
+
+def test_an_infinite_gradient_of_v_stays_in_its_channel():
+    (f, _), inputs, douts = heads(1, 2, 8, 1, 1)
+    douts[2][0, 0, 0, 7] = douts[2][0, 1, 0, 2] = math.inf
+    dy = outputs_and_grads(f, inputs, douts, "triton")[3]
+    assert (~dy.isfinite()).sum() == 2 and dy[0, 0, 23] == dy[0, 1, 18] == math.inf
+
+
+def test_a_rotation_alone_keeps_no_activations():
+    (f, _), (y, *_), _ = heads(2, 3, 8, 2, 1)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t), backend("triton"):
+        f(y.requires_grad_())
+    assert y.shape not in saved
+
+
+def test_what_qk_norm_rope_leaves_to_the_twin(launched):
+    (f, _), (y, *_), _ = heads(1, 2, 4, 2, 1)
+    cos, sin = tables(2, 4)
+    with backend("triton"):
+        qk_norm_rope(y, cos, sin, 2, 1, EPS, "qkv")  # over the whole width of q, k and v
+        f(y.double())
+        assert ROPE[0] not in launched
+        qk_norm_rope(y, cos, sin, 2, 1)
+        assert ROPE[0] in launched
+    launched.clear()
+    f(y)
+    assert launched == ROPE[:1] * GPU
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+def cases():
+    f, _, inputs = two_casts((2,), (37, 5), 10, ("uv", "v"), True, torch.float16, 8, 8)
+    yield f, inputs, [randn(2, 48, 16, dtype=torch.float16)]
+    (f, _), inputs, douts = heads(2, 9, 6, 4, 2, "qkv", "n1n", torch.float16)
+    yield f, inputs, douts
+
+
+def test_inputs_and_arriving_gradients_are_left_as_they_were_and_runs_repeat_bit_for_bit():
+    for f, inputs, douts in cases():
+        before = [t.clone() for t in (*inputs, *douts)]
+        first = outputs_and_grads(f, inputs, douts, "triton")
+        assert all(map(torch.equal, before, (*inputs, *douts)))
+        assert all(map(torch.equal, first, outputs_and_grads(f, inputs, douts, "triton")))
+        addresses = {t.data_ptr() for t in (*inputs, *douts)}
+        assert not any(t.data_ptr() in addresses for t in first)
+
+
+def test_opcheck():
+    ws, u, v = [randn(3, 5).requires_grad_(), randn(4, 5).requires_grad_()], vector(3), vector(5).requires_grad_()
+    for args in ((ws, [u], [0, -1], [v], [0, 0]), (ws, [], [-1, -1], [], [-1, -1])):
+        torch.library.opcheck(kernels._scaled_cast, (*args, torch.float16, 8, 8))
+        ws_, us, u_of, vs, v_of = ([t.detach() if isinstance(t, torch.Tensor) else t for t in part] for part in args)
+        due = [True, False], [True] * len(us), [True] * len(vs)
+        torch.library.opcheck(kernels._scaled_cast_backward,
+                              (randn(16, 8, dtype=torch.float16), ws_, us, u_of, vs, v_of, 8, *due))
+    cos, sin = tables(3, 4)
+    y, g = randn(2, 3, 16).requires_grad_(), vector(4, 4).requires_grad_()
+    douts = [randn(2, 3, n, 4) for n in (2, 1, 1)]
+    for normed, g in ((0, None), (4, g)):
+        torch.library.opcheck(kernels._qk_norm_rope, (y, cos, sin, g, 2, 1, normed, EPS))
+        g = g if g is None else g.detach()
+        torch.library.opcheck(kernels._qk_norm_rope_backward,
+                              (*douts, y.detach() if normed else None, cos, sin, g, normed, EPS))
+
+
+def test_compiled_without_graph_breaks_is_eager():
+    for f, inputs, douts in cases():
+        eager = outputs_and_grads(f, inputs, douts, "triton")
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        assert all(map(torch.equal, eager, outputs_and_grads(compiled, inputs, douts, "triton")))
+
+
+MODELS = {
+    "baseline": [], "hg": [], "dp": [], "unified": [], "gemma_unified": [],
+    "gqa": ["--n_kv_head=1", "--placement=dual_norm", "--heterogeneous=True", "--reparam=or"],
+    "moe": ["--n_experts=3", "--experts_per_token=2", "--placement=dual", "--heterogeneous=True",
+            "--expert_scales=own"],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_with_kernels_is_the_model_without(name, launched):
+    from configurator import configure
+    from model import GPT
+    from train import Settings, gpt_config
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=12", "--block_size=4", "--vocab_size=31", *MODELS[name]]
+    file = ROOT / "config" / f"{name}.py"
+    config = gpt_config(configure(Settings, [str(file)] * file.exists() + small)[0])
+    model = shake(GPT(config)).to(DEVICE)
+    idx, targets = torch.randint(0, 31, (2, 2, 4), device=DEVICE)
+    results = {}
+    for way in ("torch", "triton"):
+        with backend(way):
+            _, loss = model(idx, targets)
+            results[way] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+    assert {*CAST, *ROPE} <= {*launched}
+    for ours, theirs in zip(results["triton"], results["torch"]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
