@@ -43,7 +43,7 @@ from tqdm import tqdm
 import kernels
 from ablate import mean_and_half_width
 from configurator import ConfigError, configure, refuse
-from export import hf_config, hf_tensors
+from export import hf_config, hf_tensors, hf_type
 from folding import fold
 from model import ALIGN, GPT, rope_tables
 from norms import Branches, ScaleVector
@@ -270,22 +270,17 @@ def cases(s, tokens, device, dtype):
                lambda y, *g: kernels.swiglu(y, config.ffn_dim, eps, True, g), 3 * H, 8 * H)
 
 
-def backend(name):
-    """kernels.backend, which overrides the choice between the twins."""
-    return kernels.backend(name) if hasattr(kernels, "backend") else nullcontext()
-
-
 def arms_of(case, device):
     """name -> a function without arguments that runs the case's forward."""
     def within(name, call):
         def run():
-            with backend(name):
+            with kernels.backend(name):
                 return call(*case.inputs)
         return run
 
     torch._dynamo.reset()  # each case gets a fresh cache of compiled code, of which there may be eight for one lambda
     arms = {"eager": within("torch", case.call), "compile": within("torch", torch.compile(case.call, dynamic=False))}
-    if device.type == "cuda" and hasattr(kernels, "backend"):  # the interpreter has no speed to speak of
+    if device.type == "cuda":  # the interpreter has no speed to speak of
         arms["triton"] = within("triton", case.call)
     for name, call in case.peers.items():
         arms[name] = within("torch", call)
@@ -338,6 +333,9 @@ def bench_kernels(a):
         torch.manual_seed(0)
         for case in tqdm(list(cases(settings_of(size), a.tokens, a.device, a.dtype)), desc=size, leave=False,
                          disable=None):
+            if time.monotonic() > a.deadline:
+                print(f"bench.py: {size}: no time for {case.op}", file=sys.stderr)
+                continue
             timings = {("copy", ""): lambda: seconds(lambda: target.copy_(a_copy))}
             for name, forward in arms_of(case, a.device).items():
                 try:
@@ -502,7 +500,7 @@ def make_arm(size, spec, a, shared):
     run = torch.compile(model) if a.compile else model
     batches = shared.setdefault("batches", random_batches(s, a))
     arm = Arm(model, lambda x, y: run(x, y)[1], optimizers, batches,
-              (lambda: backend(way)) if way in ("torch", "triton") else nullcontext)
+              (lambda: kernels.backend(way)) if way in ("torch", "triton") else nullcontext)
     arm.step()  # compiles, and makes AdamW's moments
     for optimizer in optimizers:
         for name, p in matrices.items():
@@ -572,12 +570,12 @@ def hf_llama(model, device):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config, tensors = fold(model)
-    told = hf_config(config, SimpleNamespace(separator=0, name="bytes"))
-    if told["model_type"] != "llama":
-        raise NotTheSame(f"this model is no Llama, but of type {told['model_type']}")
+    if (kind := hf_type(config, tensors)) != "llama":
+        raise NotTheSame(f"this model is no Llama to Hugging Face, but of type {kind}")
+    told = hf_config(kind, config, SimpleNamespace(separator=0, name="bytes"))
     with torch.device(device):
         llama = LlamaForCausalLM(LlamaConfig(**told, attn_implementation="sdpa"))
-    llama.load_state_dict(hf_tensors(config, tensors))
+    llama.load_state_dict(hf_tensors(kind, config, tensors))
     return llama.train()
 
 

@@ -168,7 +168,7 @@ def test_arms_ask_for_their_twin(monkeypatch, tmp_path):
     def backend(name):
         asked.append(name)
         yield
-    monkeypatch.setattr(kernels, "backend", backend, raising=False)
+    monkeypatch.setattr(kernels, "backend", backend)
     monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
     x = torch.randn(4, 8, requires_grad=True)
     case = bench.Case("op", (x,), lambda x: kernels.rms_norm(x, 1e-6), 100, 200, {"liger": lambda x: x * 2})
@@ -197,6 +197,19 @@ def test_bytes_that_an_op_must_move(tmp_path):
     path.write_text("n_layer, n_head, n_kv_head, n_embd, ffn_dim = 1, 4, 2, 16, 48\nvocab_size, block_size = 32, 8\n")
     for case in bench.cases(bench.settings_of(str(path)), 32, torch.device("cpu"), torch.float32):
         assert (case.forward_bytes, case.both_bytes) == needed(case), case.op
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter")
+def test_the_arms_of_a_case_compute_the_same(toy):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for case in bench.cases(bench.settings_of(toy), 16, device, torch.float32):
+        results = []
+        for name in ("torch", "triton"):
+            with kernels.backend(name):
+                torch.manual_seed(0)
+                results.append(bench.both(lambda: case.call(*case.inputs), case.inputs)())
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-4, rtol=1e-4), case.op
 
 
 def test_cases_are_what_a_model_computes(tmp_path):
@@ -370,6 +383,26 @@ def test_every_command_of_the_plan_is_one(tmp_path):
     names = [verb for verb, *_ in bench.commands_to_prebuild(bench.PLAN["cuda"])]
     assert set(names) == {"kernels", "overhead", "peers"} and len(names) == 13
     assert sum(minutes for minutes, _ in bench.PLAN["cuda"]) < 10.5
+
+
+def test_kernels_keeps_what_it_has_when_time_is_up(run, monkeypatch, capsys):
+    alternate = bench.alternate
+
+    def slow(*args):
+        times = alternate(*args)
+        monkeypatch.setattr(bench.time, "monotonic", lambda: math.inf)
+        return times
+    monkeypatch.setattr(bench, "alternate", slow)
+    rows = table(run("kernels", "--tokens=16", "--flush_mb=1"), "kernels")
+    assert {row["op"] for row in rows} == {"rms_norm"} and "no time for swiglu" in capsys.readouterr().err
+
+
+def test_prebuilding_runs_the_commands_of_the_plan(toy, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(bench.subprocess, "Popen", lambda command, **kw: told.append(command[2:]) or SimpleNamespace(
+        poll=lambda: 0))
+    bench.prebuild([(1, "overhead --sizes=a,b --strategies=x,y --block=5"), (1, "train --sizes=a")], 20)
+    assert told == [["overhead", f"--sizes={s}", "--rounds=0", f"--strategies={x}"] for s in "ab" for x in "xy"]
 
 
 def test_prebuilding_compiles_and_times_nothing(run, monkeypatch):
