@@ -290,7 +290,7 @@ def is_norm(name):
 
 
 def rename_from_hf(tensors, there, folder):
-    """Our names for a Hugging Face folder's tensors, and Gemma's two conventions undone. Raises ConfigError."""
+    """Our names for a Hugging Face folder's tensors, and the ways of Gemma and Qwen undone. Raises ConfigError."""
     kind, left, ours = there["model_type"], dict(tensors), {}
     if there.get("tie_word_embeddings", kind == "gemma3_text"):
         left.pop("lm_head.weight", None)
@@ -312,7 +312,7 @@ def rename_from_hf(tensors, there, folder):
         if any(ours.pop(name).any() for name in [*ours] if name.endswith("shared_gate")):
             raise ConfigError(f"{folder}: its shared experts have a gate, which nanoScale's have not")
         ours = {name: x / 2 if name.endswith("shared.down") else x for name, x in ours.items()}
-    # theirs are there even where there are none
+    # a class that always has shared experts has 0-wide ones where there are none
     return {name: x for name, x in ours.items() if x.numel()}
 
 
