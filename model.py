@@ -431,6 +431,7 @@ class GPT(nn.Module):
         (logits,) = self.lm_head(rms_norm(y, self.config.norm_eps, residual=x)[0])
         if targets is None:
             return logits, None
+        # Compiled, `wide` never exists: the sums read the bf16 logits. So a loss in chunks would save little.
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(wide.view(-1, wide.size(-1)), targets.reshape(-1))
         if self.config.n_experts and torch.is_grad_enabled():
