@@ -74,7 +74,11 @@ SUITES = {
                            ("unified, norm alone", "unified_norm"))),
                        *((f"{name}, no vectors", f"{file} --scale_vectors=False", "baseline") for name, file in (
                            ("baseline", "baseline"), ("norm alone", "norm"), ("DNP", "dnp"), ("unified", "unified"),
-                           ("unified, norm alone", "unified_norm")))],
+                           ("unified, norm alone", "unified_norm"))),
+                       # the same runs again, beside those with the same norms
+                       ("DNP's vectors", "dnp", "norm alone"),
+                       ("unified's output vectors", "unified", "unified, norm alone"),
+                       ("all of unified's vectors", "unified", "unified, no vectors")],
     "optimizers": [(f"{name}, {optimizer} {schedule}", f"{name} --optimizer={optimizer} --schedule={schedule}",
                     f"baseline, {optimizer} {schedule}" if name != "baseline" else None)
                    for optimizer in ("adamw", "muon") for schedule in ("cosine", "wsd")
