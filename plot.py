@@ -80,8 +80,8 @@ def plot_ablation(folder, arms, curves, scales):
     ax.grid(False, axis="y")
     seeds = len(next(iter(compared.values()))["losses"])
     against = f"{references.pop()}'s" if len(references) == 1 else "the reference's"
-    ax.set_xlabel(f"validation loss minus {against}, nats (95% interval over {seeds} paired seeds); "
-                  "filled: beyond noise")
+    figure.supxlabel(f"validation loss minus {against}, nats (95% interval over {seeds} paired seeds); "
+                     "filled: beyond noise", fontsize="medium")  # the figure's: long names leave little of the axis
     if any(a["noise"] is not None for a in compared.values()):
         figure.legend(loc="outside upper right")
     save(figure, folder, "ablation")

@@ -253,5 +253,5 @@ def test_two_at_once_share_a_cell(tiny):
 def test_dry_run_runs_nothing(tiny, capsys):
     assert ablate.main(["norm_or_vector", "--seeds=1,2", "--dry_run=True", "--max_steps=4", *tiny]) == 0
     out = capsys.readouterr().out
-    assert "20 cells, 14 of them different, 14 left: 3,584 tokens" in out
+    assert "26 cells, 14 of them different, 14 left: 3,584 tokens" in out
     assert not Path("out").exists()
