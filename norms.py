@@ -67,7 +67,7 @@ class ScaleVector(nn.Module):
 
     @torch.no_grad()
     def set(self, gamma):
-        """Make γ what is given, of γ's shape; or's and er's α then has the length of a fresh one, √n. Raises ValueError."""
+        """Make γ what is given, of γ's shape; α of or and er then has the length of a fresh one, √n. Raises ValueError."""
         if self.form == "direct":
             self.gamma.copy_(gamma)
         elif self.form == "zero_centred":

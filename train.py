@@ -81,7 +81,7 @@ class Settings:
     out_dir: str = ""  # of the run; empty is out/ and the names of the config files
     resume: bool = False  # go on from out_dir's checkpoint
     device: str = "auto"  # cuda where there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto is bfloat16 on cuda, float32 elsewhere
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto is bfloat16 on cuda, else float32
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
     sample_tokens: Whole = 256  # tokens of text shown at the end
     dry_run: bool = False  # print the counts and the parameter groups, train nothing
