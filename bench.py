@@ -819,8 +819,8 @@ PLAN = {
     ],
     "cpu": [
         (1.0, "kernels --sizes=quickstart"),
-        (2.0, "overhead --sizes=quickstart --block=10"),
-        (2.0, "peers --sizes=quickstart --block=10"),
+        (2.0, "overhead --sizes=quickstart --strategies=baseline,unified,baseline:unfolded,unified:unfolded --block=5"),
+        (2.0, "peers --sizes=quickstart --block=5"),
         (0.5, "profile --sizes=quickstart"),
         (1.5, "train --sizes=quickstart --steps=30"),
         (0.5, "checkpoint --sizes=quickstart"),
