@@ -63,6 +63,7 @@ SUITES = {
                  ("DP in attention", "unified_dp_attn", "unified"),
                  ("DNP in the FFN alone", "unified --attn_placement=input", "unified"),
                  ("DNP in attention alone", "unified --ffn_placement=input", "unified"),
+                 ("DNP on o and down too", "gemma_unified", "unified"),  # Gemma's post-norms are just that
                  ("ER for OR", "unified --reparam=er", "unified"),
                  ("product for OR", "unified --reparam=product", "unified"),
                  ("baseline", "baseline", "unified"),
