@@ -9,7 +9,9 @@ The first word is a suite (below), or strategy files joined by commas, the first
 settings of train.py behind it hold for every cell. A cell is one run of train.py: an arm at one learning rate with
 one seed. Cells live in out/ablate/cells under a name made of their settings and data, so arms with equal settings
 and suites that share arms run them once, finished ones are skipped, and the same command goes on with what was
-stopped. --out receives results.csv (a row a cell), results.md (the table), curves.csv and scales.csv.
+stopped. --out receives results.csv (a row a cell), results.md (the table), curves.csv and scales.csv. What they hold
+counts as finished too, so seeds or learning rates can be added to what another machine has begun. A cell's name does
+not cover the code: when you have changed that, remove out/ablate.
 """
 
 import csv
@@ -18,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import signal
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from configurator import ConfigError, Count, check, configure, help_text, read_flag, refuse
 from data.tokens import DataError, Tokens, data_folder
 from model import GPT
-from runs import versions, write_whole
+from runs import write_whole
 from train import Settings, batch_plan, gpt_config
 
 HERE = Path(__file__).resolve().parent
@@ -278,6 +279,10 @@ def val_loss(cell):
     return None
 
 
+RESULT_COLUMNS = ["suite", "arm", "reference", "lr", "seed", "val_loss", "params", "scale_params", "steps", "tokens",
+                  "flops", "tokens_per_second", "commit", "python", "torch", "device", "cell"]
+
+
 def result_row(suite, arm, reference, cell):
     """A row of results.csv, or None where the cell is not finished."""
     loss = val_loss(cell)
@@ -285,12 +290,11 @@ def result_row(suite, arm, reference, cell):
         return None
     s, made = cell.settings, json.loads((cell.folder / "config.json").read_text(encoding="utf-8"))
     rates = [float(r) for row in read_csv(cell.folder / "log.csv") if (r := row["tokens_per_second"]) != "0"]
-    return {"suite": suite, "arm": arm, "reference": reference or "", "lr": s.lr, "seed": s.seed, "val_loss": loss,
-            "params": made["params"], "scale_params": made["scale_params"], "steps": s.max_steps,
-            "tokens": s.max_steps * s.batch_tokens, "flops": f"{cell.flops:.6g}",
-            "tokens_per_second": f"{statistics.median(rates):.0f}" if rates else "",
-            "commit": made["git_commit"], "torch": made["versions"]["torch"], "device": made["device"],
-            "cell": cell.folder.name}
+    values = (suite, arm, reference or "", s.lr, s.seed, loss, made["params"], made["scale_params"], s.max_steps,
+              s.max_steps * s.batch_tokens, f"{cell.flops:.6g}", f"{statistics.median(rates):.0f}" if rates else "",
+              made["git_commit"], made["versions"]["python"], made["versions"]["torch"], made["device"],
+              cell.folder.name)
+    return dict(zip(RESULT_COLUMNS, values, strict=True))
 
 
 def thin(values, n):
@@ -550,29 +554,16 @@ def report_text(rows, arm_names, command):
                          f"±{arms[others[0]]['noise']:.4f}. Compared with it: {'; '.join(others)}.")
         else:
             lines.append(f"- {name} has one seed, so nothing is known of the noise and no difference is called real.")
-    if len({row["lr"] for row in rows}) == 1:
+    if len({float(row["lr"]) for row in rows}) == 1:
         lines.append("- One learning rate: nothing was tuned.")
     for name in arm_names:
         if name not in arms:
             lines.append(f"- {name} does not count: no learning rate at which all seeds are finished and finite.")
     if diverged := [f"{r['arm']} at lr {r['lr']}, seed {r['seed']}" for r in rows if math.isinf(float(r["val_loss"]))]:
         lines.append(f"- Diverged: {'; '.join(diverged)}.")
-    made_by = {name: sorted({str(row[name]) for row in rows}) for name in ("commit", "torch", "device")}
-    lines += [f"- Command: `{command}`",
-              *(f"- {name}: {', '.join(values)}" for name, values in made_by.items()),
-              f"- machine: {machine()}, Python {versions()['python']}", ""]
+    made_by = {name: dict.fromkeys(str(row[name]) for row in rows) for name in ("commit", "python", "torch", "device")}
+    lines += [f"- Command: `{command}`", *(f"- {name}: {', '.join(values)}" for name, values in made_by.items()), ""]
     return "\n".join(lines)
-
-
-def machine():
-    """The CPU's name and count."""
-    name = platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = re.search(r"^model name\s*:\s*(.+)$", text, re.M)[1]
-    except (OSError, TypeError):
-        pass
-    return f"{os.cpu_count()} × {name}"
 
 
 def duration(seconds):
@@ -582,32 +573,68 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def recorded(out, cells, dry_run=False):
+    """
+    {cell's name: row} of the results.csv that out holds already. Raises ConfigError where that is of another kind, and
+    where a new one, with the rows of `cells` alone, would lose some that are nowhere else.
+    """
+    rows = read_csv(out / "results.csv")
+    if rows and list(rows[0]) != RESULT_COLUMNS:
+        raise ConfigError(f"{out}/results.csv has other columns than this ablate.py writes; name another --out")
+    planned = {cell.folder.name for cell in cells.values()}
+    lost = [row for row in rows if row["cell"] not in planned and not (CELLS / row["cell"]).exists()]
+    if lost and not dry_run:
+        raise ConfigError(f"{out}/results.csv has {len(lost)} rows that are not among these cells, such as "
+                          f"{lost[0]['arm']} at lr {lost[0]['lr']}, seed {lost[0]['seed']}: another arm, rate, seed "
+                          "or setting, or other data. Ask for them as well, or name another --out")
+    return {row["cell"]: row for row in rows}
+
+
 def write_report(out, suite, arms, cells, command):
-    """Gather the cells' logs into out. Returns results.md's text."""
-    references = {name: ref for name, _, ref in arms}
-    rows = [row for (arm, _, _), cell in cells.items() if (row := result_row(suite, arm, references[arm], cell))]
+    """Gather the cells' logs, and what out holds of cells without logs here, into out. Returns results.md's text."""
+    references, known = {name: ref for name, _, ref in arms}, recorded(out, cells)
+    rows = []
+    for (arm, _, _), cell in cells.items():
+        row = result_row(suite, arm, references[arm], cell) or known.get(cell.folder.name)
+        if row:
+            rows.append({**row, "suite": suite, "arm": arm, "reference": references[arm] or ""})
     best = summarise(rows)
-    chosen = [(arm, cell) for (arm, lr, _), cell in cells.items() if arm in best and best[arm]["lr"] == lr]
-    first_seed = next(iter(cells))[2]
+    old_curves, old_scales = (defaultdict(list) for _ in range(2))
+    for row in read_csv(out / "curves.csv"):
+        old_curves[row["arm"], float(row["lr"]), int(row["seed"])].append(row)
+    for row in read_csv(out / "scales.csv"):
+        old_scales[row["arm"]].append(row)
+    curves, scales, first_seed = [], [], next(iter(cells))[2]
+    for (arm, lr, seed), cell in cells.items():
+        if arm not in best or best[arm]["lr"] != lr:
+            continue
+        here, old = val_loss(cell) is not None, old_curves[arm, lr, seed]
+        curves += curve_rows(arm, cell) if here else old
+        if seed == first_seed and (here or old):  # old scales are of that learning rate when old curves are
+            scales += scale_rows(arm, cell) if here else old_scales[arm]
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / "results.csv", rows)
-    write_csv(out / "curves.csv", [row for arm, cell in chosen for row in curve_rows(arm, cell)])
-    write_csv(out / "scales.csv", [row for arm, cell in chosen if cell.settings.seed == first_seed
-                                   for row in scale_rows(arm, cell)])
+    for name, found in (("results", rows), ("curves", curves), ("scales", scales)):
+        write_csv(out / f"{name}.csv", found)
     text = report_text(rows, list(references), command)
     write_whole(out / "results.md", text)
     return text
 
 
-def list_cells(cells, opt):
+def to_run(cells, known):
+    """The distinct cells that are not finished elsewhere; of those that are finished here, a checkpoint may be left."""
+    distinct = {cell.folder: cell for cell in cells.values()}
+    return [cell for folder, cell in distinct.items() if folder.name not in known or folder.exists()]
+
+
+def list_cells(cells, known, opt):
     """What --dry_run prints: every cell with its state, then the sum and the time it would take."""
     distinct = {cell.folder: cell for cell in cells.values()}
+    left = [cell for cell in to_run(cells, known) if val_loss(cell) is None]
     seen = set()
     for (arm, lr, seed), cell in cells.items():
-        state = f"{step_of(cell)} of {cell.settings.max_steps} steps" if val_loss(cell) is None else "finished"
+        state = f"{step_of(cell)} of {cell.settings.max_steps} steps" if cell in left else "finished"
         print(f"{arm:<28} lr {lr:<8g} seed {seed:<4} {'same as above' if cell.folder in seen else state}")
         seen.add(cell.folder)
-    left = [cell for cell in distinct.values() if val_loss(cell) is None]
     tokens = sum(cell.settings.max_steps * cell.settings.batch_tokens for cell in left)
     flops = sum(cell.flops * (1 - step_of(cell) / cell.settings.max_steps) for cell in left)
     print(f"{len(cells)} cells, {len(distinct)} of them different, {len(left)} left: {tokens:,} tokens, "
@@ -634,22 +661,23 @@ def main(args):
     suite, opt, base = parse(args)
     arms = suite_arms(suite, opt, base)
     cells = make_cells(arms, opt, opt.nproc)
+    out = Path(opt.out or Path("out/ablate") / (suite if suite in SUITES else "-".join(n for n, _, _ in arms)))
+    known = recorded(out, cells, opt.dry_run)
     if opt.dry_run:
-        list_cells(cells, opt)
+        list_cells(cells, known, opt)
         return 0
     command = shlex.join(["python", "ablate.py", *args])
-    out = Path(opt.out or Path("out/ablate") / (suite if suite in SUITES else "-".join(n for n, _, _ in arms)))
-    distinct = {cell.folder: cell for cell in cells.values()}
-    finished = lambda: sum(val_loss(cell) is not None for cell in distinct.values())
-    print(f"{len(cells)} cells, {len(distinct)} of them different, {finished()} finished already")
+    todo, n = to_run(cells, known), len({cell.folder for cell in cells.values()})
+    finished = lambda: n - sum(val_loss(cell) is None for cell in todo)
+    print(f"{len(cells)} cells, {n} of them different, {finished()} finished already")
 
     def report(write, cell, loss, seconds_left):
         arm, lr, seed = next(key for key, c in cells.items() if c is cell)
         left = f"{duration(seconds_left)} left" if seconds_left is not None else ""
-        write(f"{finished()}/{len(distinct)}  {arm}  lr {lr:g}  seed {seed}  val_loss {loss:.4f}  {left}")
+        write(f"{finished()}/{n}  {arm}  lr {lr:g}  seed {seed}  val_loss {loss:.4f}  {left}")
         write_report(out, suite, arms, cells, command)
 
-    runner = Runner(list(distinct.values()), opt)
+    runner = Runner(todo, opt)
     runner.run(report)
     print("\n" + write_report(out, suite, arms, cells, command))
     for failure in runner.failed:

@@ -22,7 +22,6 @@ import csv
 import itertools
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -48,7 +47,7 @@ from folding import fold
 from model import ALIGN, GPT, rope_tables
 from norms import Branches, ScaleVector
 from optim import make_optimizers, param_groups
-from runs import git_commit, load_checkpoint, save_checkpoint, versions
+from runs import device_name, git_commit, load_checkpoint, save_checkpoint, versions
 from train import PEAK_FLOPS, Settings, gpt_config, pick_device
 
 HERE = Path(__file__).resolve().parent
@@ -116,22 +115,13 @@ def alternate(arms, rounds, deadline=math.inf, seed=0):
 # tables
 
 
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def machine(device):
     """What a row must say of where it was measured."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
     others = {}
     for package in ("triton", "transformers"):
         if package in sys.modules:  # imported by whoever used it
             others[package] = sys.modules[package].__version__
-    return {"device": name, "threads": torch.get_num_threads(), **versions(), **others, "commit": git_commit()}
+    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions(), **others, "commit": git_commit()}
 
 
 def report(name, rows, a, notes=()):

@@ -115,7 +115,8 @@ from folding import adopt, load, read_tensors
 from model import GPT, GPTConfig
 from norms import ScaleVector
 from optim import gather_state, lr_at, make_optimizers, param_groups, set_lr
-from runs import CSVLog, claim_out_dir, differing, git_commit, load_checkpoint, save_checkpoint, versions, write_whole
+from runs import (CSVLog, claim_out_dir, device_name, differing, git_commit, load_checkpoint, save_checkpoint, versions,
+                  write_whole)
 
 # dense bf16 FLOP/s from the vendors' data sheets, by a part of torch's name for the device; the first match counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
@@ -318,7 +319,7 @@ def main(s, config_files=()):
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "config.json", json.dumps({
             "settings": asdict(s), "versions": versions(), "git_commit": git_commit(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": device_name(device),
             "processes": world, **counts}, indent=1))
         log = CSVLog(out / "log.csv", LOG_COLUMNS, first_step)
         scales = CSVLog(out / "scales.csv", SCALE_COLUMNS, first_step)

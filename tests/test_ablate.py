@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,11 +194,11 @@ def wait_for(condition):
 
 
 def tables(folder):
-    """The CSVs of a folder, without what no two runs share."""
-    found = {}
+    """The CSVs of a folder, without what no two commands share."""
+    found, own = {}, ("suite", "tokens_per_second")
     for name in ("results", "curves", "scales"):
         with open(f"{folder}/{name}.csv", newline="") as f:
-            found[name] = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(f)]
+            found[name] = [{k: v for k, v in row.items() if k not in own} for row in csv.DictReader(f)]
     return found
 
 
@@ -248,6 +249,36 @@ def test_two_at_once_share_a_cell(tiny):
     assert [process.returncode for process in both] == [0, 0], outputs
     assert tables("out/0") == tables("out/1")
     assert sum("1/1" in line for output in outputs for line in output.splitlines()) == 1
+
+
+def test_results_go_on_without_their_cells(tiny, capsys):
+    flags = [*tiny, "--lrs=1e-2,1e-3", "--max_steps=8", "--eval_interval=4", "--jobs=2"]
+    assert ablate.main([ONE, "--seeds=1", *flags]) == 0
+    before = tables("out/ablate/unified")
+    assert len(before["curves"]) == 3 and before["scales"]  # steps 0, 4 and 8 at the better rate
+    shutil.rmtree("out/ablate/cells")  # results that came from another machine
+    shutil.copytree("out/ablate/unified", "copy")
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="has 2 rows that are not among these cells, such as unified at lr 0.01, seed 1"):
+        ablate.main([ONE, "--seeds=2", *flags])
+    assert ablate.main([ONE, "--seeds=2", *flags, "--dry_run=True"]) == 0
+    assert ablate.main([ONE, "--seeds=1", *flags]) == 0
+    assert not Path("out/ablate/cells").exists() and before == tables("out/ablate/unified")
+    capsys.readouterr()
+    args = [f"{ONE},{ROOT / 'config/baseline.py'}", "--seeds=1", *flags, "--out=out/ablate/unified"]
+    assert ablate.main([*args, "--dry_run=True"]) == 0
+    assert "4 cells, 4 of them different, 2 left" in capsys.readouterr().out
+    assert ablate.main(args) == 0
+    assert len(list(Path("out/ablate/cells").iterdir())) == 2
+    more = tables("out/ablate/unified")
+    for name, rows in before.items():
+        assert more[name][:len(rows)] == rows and {row["arm"] for row in more[name]} == {"unified", "baseline"}
+    shutil.rmtree("out/ablate")
+    assert ablate.main(args) == 0
+    assert more == tables("out/ablate/unified")
+    Path("copy/results.csv").write_text("arm,cell\nunified,x\n")
+    with pytest.raises(ConfigError, match="copy/results.csv has other columns"):
+        ablate.main([ONE, "--seeds=1", *flags, "--out=copy"])
 
 
 def test_dry_run_runs_nothing(tiny, capsys):

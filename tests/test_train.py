@@ -58,6 +58,7 @@ def test_a_run_learns_and_leaves_what_the_readme_says(settings, capsys):
     assert printed["steps"] == "60" and printed["tokens"] == str(60 * 64)
     assert float(printed["val_bpb"]) == pytest.approx(float(printed["val_loss"]) / math.log(2), rel=0.01)
     config = json.loads((Path(s.out_dir) / "config.json").read_text())
+    assert config["device"].endswith(f", {os.cpu_count()} cores")
     assert config["settings"]["heterogeneous"] is True and config["versions"]["torch"] == torch.__version__
     assert not list(Path(s.out_dir).glob("*.tmp"))
 
