@@ -30,7 +30,7 @@ def git_commit():
     here = Path(__file__).parent
     try:
         run = lambda *args: subprocess.run(("git", *args), cwd=here, capture_output=True, text=True, check=True).stdout
-        changed = run("status", "--porcelain", "--untracked-files=no").strip()
+        changed = run("status", "--porcelain", "--untracked-files=no", "*.py").strip()  # not results, not README
         return run("rev-parse", "HEAD").strip() + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
