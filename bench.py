@@ -121,7 +121,8 @@ def machine(device):
     for package in ("triton", "transformers"):
         if package in sys.modules:  # imported by whoever used it
             others[package] = sys.modules[package].__version__
-    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions(), **others, "commit": git_commit()}
+    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions(), **others,
+            "commit": git_commit()}
 
 
 def report(name, rows, a, notes=()):
