@@ -562,7 +562,7 @@ def report_text(rows, arm_names, command):
     if diverged := [f"{r['arm']} at lr {r['lr']}, seed {r['seed']}" for r in rows if math.isinf(float(r["val_loss"]))]:
         lines.append(f"- Diverged: {'; '.join(diverged)}.")
     made_by = {name: dict.fromkeys(str(row[name]) for row in rows) for name in ("commit", "python", "torch", "device")}
-    lines += [f"- Command: `{command}`", *(f"- {name}: {', '.join(values)}" for name, values in made_by.items()), ""]
+    lines += [f"- Command: `{command}`", *(f"- {name}: {'; '.join(values)}" for name, values in made_by.items()), ""]
     return "\n".join(lines)
 
 
