@@ -536,10 +536,9 @@ def report_text(rows, arm_names, command):
     lines += markdown_table(arms)
     if any(a["edge"] for a in arms.values()):
         lines += ["", "\\* the best learning rate is the last of its grid: a better one may lie beyond."]
-    at_reference = {name: arms.get(a["reference"], a)["lr"] for name, a in arms.items()}
-    if any(at_reference[name] != a["lr"] for name, a in arms.items()):
-        lines += ["", "All at the learning rate of what they are compared with:", ""]
-        lines += markdown_table(summarise([row for row in rows if row["arm"] in arms], at_reference))
+    lrs = sorted({float(row["lr"]) for row in rows})
+    for lr in lrs if lrs[1:] else []:
+        lines += ["", f"All at {lr:g}:", "", *markdown_table(summarise(rows, dict.fromkeys(arm_names, lr)))]
     lines += ["", "A difference is the arm's validation loss (nats) minus that of its reference, in pairs of equal "
               "seed and data order; its interval is Student's t over seeds. It is beyond noise when 0 lies outside the "
               "interval and it exceeds what two sets of reference runs differ by when nothing but seeds differs. One "
@@ -554,7 +553,7 @@ def report_text(rows, arm_names, command):
                          f"±{arms[others[0]]['noise']:.4f}. Compared with it: {'; '.join(others)}.")
         else:
             lines.append(f"- {name} has one seed, so nothing is known of the noise and no difference is called real.")
-    if len({float(row["lr"]) for row in rows}) == 1:
+    if len(lrs) == 1:
         lines.append("- One learning rate: nothing was tuned.")
     for name in arm_names:
         if name not in arms:

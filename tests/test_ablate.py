@@ -122,6 +122,12 @@ def rows(losses, lr=1e-3, reference="base"):
             for arm, by_seed in losses.items() for seed, loss in enumerate(by_seed) if loss is not None]
 
 
+def report(rows):
+    """The text of results.md."""
+    made = dict(suite="s", commit="", python="", torch="", device="")
+    return ablate.report_text([{**row, **made} for row in rows], ["base", "arm"], "")
+
+
 @pytest.mark.parametrize("df, t", [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (30, 2.042), (1000, 1.962)])
 def test_quantiles_of_student(df, t):
     assert ablate.t_975(df) == pytest.approx(t, abs=6e-4)
@@ -154,8 +160,7 @@ def test_the_baseline_against_itself_is_hardly_ever_real():
 def test_one_seed_says_nothing():
     arm = ablate.summarise(rows({"base": [2.0], "arm": [1.0]}))["arm"]
     assert arm["half"] is None and not arm["beyond"]
-    assert "nothing is known of the noise" in ablate.report_text(
-        [dict(r, suite="s", commit="", torch="", device="") for r in rows({"base": [2.0], "arm": [1.0]})], ["base"], "")
+    assert "nothing is known of the noise" in report(rows({"base": [2.0], "arm": [1.0]}))
 
 
 def test_each_arm_at_its_best_rate_with_all_seeds():
@@ -172,6 +177,16 @@ def test_each_arm_at_its_best_rate_with_all_seeds():
     arms = ablate.summarise(low + mid + high)
     assert arms["arm"]["lr"] == 4e-3 and arms["arm"]["edge"]
     assert "arm" not in ablate.summarise(rows({"base": [2.0, 2.0], "arm": [1.0, None]}))
+
+
+def test_a_table_for_each_rate_of_a_grid():
+    both = (rows({"base": [2.0, 2.1], "arm": [2.2, 2.3]}, 1e-3)
+            + rows({"base": [1.9, 1.9], "arm": [1.8, 1.8]}, 2e-3))
+    texts = report(both), report(both[:4])
+    differences = [line.split("|")[4].strip() for line in texts[0].splitlines() if line.startswith("| arm | 0")]
+    assert differences == ["-0.1000", "+0.2000", "-0.1000"]  # the best of each, then at 1e-3, then at 2e-3
+    assert "All at 0.001:" in texts[0] and "nothing was tuned" not in texts[0]
+    assert "All at" not in texts[1] and "nothing was tuned" in texts[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
