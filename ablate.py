@@ -322,7 +322,7 @@ def scale_rows(arm, cell):
     rows = read_csv(cell.folder / "scales.csv")
     steps = set(thin(list(dict.fromkeys(row["step"] for row in rows)), 12))
     kept = ("step", "name", "role", "cosine")  # an angle of a degree is a cosine of 0.99985
-    return [{"arm": arm, **{k: v if k in kept else f"{float(v):.5g}" for k, v in row.items()}}
+    return [{"arm": arm, "lr": cell.settings.lr, **{k: v if k in kept else f"{float(v):.5g}" for k, v in row.items()}}
             for row in rows if row["step"] in steps]
 
 
@@ -597,20 +597,17 @@ def write_report(out, suite, arms, cells, command):
         row = result_row(suite, arm, references[arm], cell) or known.get(cell.folder.name)
         if row:
             rows.append({**row, "suite": suite, "arm": arm, "reference": references[arm] or ""})
-    best = summarise(rows)
     old_curves, old_scales = (defaultdict(list) for _ in range(2))
     for row in read_csv(out / "curves.csv"):
         old_curves[row["arm"], float(row["lr"]), int(row["seed"])].append(row)
     for row in read_csv(out / "scales.csv"):
-        old_scales[row["arm"]].append(row)
+        old_scales[row["arm"], float(row["lr"])].append(row)
     curves, scales, first_seed = [], [], next(iter(cells))[2]
     for (arm, lr, seed), cell in cells.items():
-        if arm not in best or best[arm]["lr"] != lr:
-            continue
-        here, old = val_loss(cell) is not None, old_curves[arm, lr, seed]
-        curves += curve_rows(arm, cell) if here else old
-        if seed == first_seed and (here or old):  # old scales are of that learning rate when old curves are
-            scales += scale_rows(arm, cell) if here else old_scales[arm]
+        here = val_loss(cell) is not None
+        curves += curve_rows(arm, cell) if here else old_curves[arm, lr, seed]
+        if seed == first_seed:
+            scales += scale_rows(arm, cell) if here else old_scales[arm, lr]
     out.mkdir(parents=True, exist_ok=True)
     for name, found in (("results", rows), ("curves", curves), ("scales", scales)):
         write_csv(out / f"{name}.csv", found)

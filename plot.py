@@ -358,8 +358,14 @@ def plot_folder(folder, gamma=None):
     if not rows:
         raise ConfigError(f"{folder} has no results.csv with finished cells; name a folder that ablate.py wrote")
     arms = summarise(rows)
-    curves = [row for row in read_csv(folder / "curves.csv") if row["arm"] in arms]
-    scales = read_csv(folder / "scales.csv")
+    curves, scales = ([row for row in read_csv(folder / f"{name}.csv")
+                       if row["arm"] in arms and float(row["lr"]) == arms[row["arm"]]["lr"]]
+                      for name in ("curves", "scales"))
+    seeds = defaultdict(set)
+    for row in curves:
+        seeds[row["arm"]].add(row["seed"])
+    shared = set.intersection(*seeds.values()) if seeds else ()  # only what all arms have makes pairs
+    curves = [row for row in curves if row["seed"] in shared]
     there = dict.fromkeys(row["arm"] for row in scales)
     if gamma and gamma not in there:
         raise ConfigError(f"{folder}/scales.csv has no arm {gamma!r}; it has {', '.join(there) or 'none'}")

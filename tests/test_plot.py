@@ -31,8 +31,9 @@ def write_run(folder, seeds=3):
             for step in (0, 50, 100):
                 for vector in ("blocks.0.attn.qkv.v.q", "blocks.0.attn.qkv.v.k", "blocks.0.attn.qkv.u.q",
                                "blocks.1.attn.qkv.v.q", "blocks.1.ffn.gate_up.v.up", "lm_head.v.shared"):
-                    scales.append({"arm": arm, "step": step, "name": vector, "role": "input", "mean": 1 + step / 100,
-                                   "std": 0.1, "min": 0, "max": 2, "norm": 4 + step / 25, "cosine": 1 - step / 200})
+                    scales.append({"arm": arm, "lr": 1e-3, "step": step, "name": vector, "role": "input",
+                                   "mean": 1 + step / 100, "std": 0.1, "min": 0, "max": 2, "norm": 4 + step / 25,
+                                   "cosine": 1 - step / 200})
     for name, rows in (("results", results), ("curves", curves), ("scales", scales)):
         write_csv(folder / f"{name}.csv", rows)
 
@@ -59,6 +60,28 @@ def test_one_seed_and_nothing_else_still_plots(tmp_path):
     (tmp_path / "scales.csv").unlink()
     plot.plot_folder(tmp_path)
     assert not (tmp_path / "gammas.png").exists() and (tmp_path / "ablation.png").exists()
+
+
+def test_only_the_best_rate_and_the_seeds_that_all_arms_have(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, folder, name: drawn.setdefault(name, []).append(figure))
+    plot.plot_folder(tmp_path)
+    for name in ("results", "curves", "scales"):
+        rows = plot.read_csv(tmp_path / f"{name}.csv")
+        worse = {"lr": 4e-3, "val_loss": 9.0, "mean": 9.0}
+        rows += [{k: worse.get(k, v) for k, v in row.items()} for row in rows]
+        if name == "curves":
+            rows = [row for row in rows if (row["arm"], str(row["seed"])) != ("unified at S", "2")]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    plot.plot_folder(tmp_path)
+    lines = lambda figure: [line.get_xydata().tolist() for ax in figure.axes for line in ax.get_lines()]
+    for name in ("ablation", "gammas", "directions", "scaling"):
+        assert lines(drawn[name][0]) == lines(drawn[name][1])
+    mean, = (line.get_ydata()[-1] for line in drawn["curves"][1].axes[0].get_lines()
+             if line.get_label() == "baseline at S")
+    losses = [float(r["val_loss"]) for r in plot.read_csv(tmp_path / "results.csv") if r["arm"] == "baseline at S"]
+    assert mean == pytest.approx((losses[0] + losses[1]) / 2)
 
 
 def test_refusals(tmp_path):
