@@ -159,6 +159,10 @@ class Body(nn.Module):
         self.final_norm = Norm(0, config.hidden_size, config.rms_norm_eps)
 
 
+# transformers 5.24 renamed past_key_values, and its generate() knows the new name alone
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+
+
 class NanoScaleForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanoScaleConfig
     base_model_prefix = "model"
@@ -180,12 +184,13 @@ class NanoScaleForCausalLM(PreTrainedModel, GenerationMixin):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
-                use_cache=None, logits_to_keep=0, **kwargs):
+                use_cache=None, logits_to_keep=0, cache=None, **kwargs):
         T = input_ids.size(1)
+        cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=input_ids.device).unsqueeze(0)
         mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)[None, None]
@@ -196,10 +201,10 @@ class NanoScaleForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.model.embed_tokens(input_ids)
         cos, sin = self.rope(position_ids, x.dtype)
         for block in self.model.layers:
-            x = block(x, cos, sin, mask, past_key_values)
+            x = block(x, cos, sin, mask, cache)
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits = self.lm_head(self.model.final_norm(x))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
