@@ -39,7 +39,7 @@ from configurator import ConfigError, Count, check, configure, help_text, read_f
 from data.tokens import DataError, Tokens, data_folder
 from model import GPT
 from runs import write_whole
-from train import Settings, batch_plan, gpt_config
+from settings import Settings, batch_plan, gpt_config
 
 HERE = Path(__file__).resolve().parent
 CELLS = Path("out/ablate/cells")

@@ -47,8 +47,10 @@ from folding import fold
 from model import ALIGN, GPT, rope_tables
 from norms import Branches, ScaleVector
 from optim import make_optimizers, param_groups
-from runs import device_name, git_commit, load_checkpoint, save_checkpoint, versions
-from train import PEAK_FLOPS, Settings, gpt_config, pick_device
+from devices import device_name
+from runs import git_commit, load_checkpoint, save_checkpoint, versions
+from settings import Settings, gpt_config
+from devices import PEAK_FLOPS, pick_device
 
 HERE = Path(__file__).resolve().parent
 # of each verb, where none are named

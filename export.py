@@ -45,7 +45,7 @@ def open_model(path):
     from folding import load, read_config, read_tensors
     from model import GPT
     from runs import load_checkpoint
-    from train import Settings, gpt_config
+    from settings import Settings, gpt_config
 
     path = Path(path)
     if not path.is_dir():

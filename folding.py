@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from configurator import ConfigError, Count, Whole, check
-from model import GPTConfig
+from settings import GPTConfig
 
 NORMED = ("norm", "dual_norm")  # placements that put a norm behind the linear map
 FFN_MATRICES = ("gate", "up", "down")

@@ -909,30 +909,3 @@ def swiglu(y, n, eps=0.0, normed=False, gammas=(None, None)):
     gate, _, up, _ = y.split([n, m - n, n, m - n], dim=-1)
     h = F.silu(rms_norm(gate, eps, gammas[0])) * rms_norm(up, eps, gammas[1])
     return F.pad(h, (0, m - n)) if m > n else h
-
-
-def can_group(x, *widths):
-    """
-    Whether grouped_linear is for these experts: bf16 on a GPU, where rows `widths` wide begin at multiples of 16 bytes.
-
-    A CPU has grouped_mm too, in torch 2.13 in fp32, bf16 and fp16, but not in every version, and no faster.
-    """
-    has = hasattr(F, "grouped_mm") or hasattr(torch, "_grouped_mm")
-    return has and x.is_cuda and x.dtype == torch.bfloat16 and not any(n % 8 for n in widths)
-
-
-def grouped_linear(x, weight, ends):
-    """
-    Row i of x times the transpose of its expert's matrix, as one grouped GEMM: (M, K) and (E, N, K) make (M, N).
-
-    ends: (E,) int32, where each expert's rows end; they lie in the experts' order, and ends[-1] is M: rows behind it
-    would stay uninitialised. An expert may have no rows; its weight's gradient is then zeros, and not missing.
-    """
-    grouped_mm = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
-    return grouped_mm(x, weight.transpose(-2, -1), offs=ends)
-
-
-def looped_linear(x, weight, sizes):
-    """grouped_linear's twin, a GEMM for each expert. sizes: a list of their numbers of rows."""
-    # unbind, since the gradient of weight[e] would be as large as all of weight, for each e
-    return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.split(sizes), weight.unbind())])

@@ -5,7 +5,6 @@ What a run leaves on disk: its folder, its logs, its checkpoints. A kill can cut
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import zlib
@@ -38,20 +37,6 @@ def git_commit():
 
 def versions():
     return {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
-
-
-def device_name(device):
-    """What a result must say of where it was made: 'NVIDIA H100 80GB HBM3', or 'AMD EPYC, 2 cores'."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def differing(there, s, free=frozenset()):

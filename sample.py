@@ -92,7 +92,8 @@ def main(args):
     from export import open_model
     from folding import fold, load
     from model import GPT
-    from train import Settings, pick_device
+    from settings import Settings
+    from devices import pick_device
 
     device, dtype = pick_device(Settings(device=args.device))
     trained, name = open_model(args.model)

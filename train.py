@@ -8,89 +8,8 @@ Train a GPT with any scale-vector strategy:
 Config files and --key=value flags apply from left to right. --resume=True goes on with a run that was stopped.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Literal
-
-from configurator import Amount, ConfigError, Count, Fraction, Whole, from_command_line, refuse
-
-Placement = Literal["same", "input", "dual", "dual_norm", "norm"]
-Beta = Annotated[float, 0.0, 0.999999]
-Seed = Annotated[int, 0, 2**32 - 1]
-
-
-@dataclass
-class Settings:
-    # the model
-    arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
-    n_layer: Count = 4  # blocks
-    n_head: Count = 4  # attention heads
-    n_kv_head: Whole = 0  # heads of k and v (GQA); 0 is n_head
-    d_head: Whole = 0  # channels of a head; 0 is n_embd / n_head
-    n_embd: Count = 128  # width of the residual stream
-    ffn_dim: Whole = 0  # width of the FFN; 0 is int(8 n_embd / 3)
-    vocab_size: Count = 256  # rows of the embedding, at least the data's vocabulary
-    block_size: Count = 256  # tokens in a sequence
-    tie_embeddings: bool = False  # the LM head shares the token table
-    rope_theta: Annotated[float, 1.0, None] = 10000.0  # RoPE's base
-    norm_eps: Amount = 1e-6  # inside every norm's square root
-    # scale vectors
-    scale_vectors: bool = True  # False fixes every γ to 1
-    heterogeneous: bool = False  # HG: q, k, v, gate and up have a γ each
-    placement: Literal["input", "dual", "dual_norm", "norm"] = "input"  # dual is DP, dual_norm DNP, norm our control
-    attn_placement: Placement = "same"  # placement in attention, where it differs
-    ffn_placement: Placement = "same"  # placement in the FFN, where it differs
-    qkv_norm: Literal["head", "full"] = "head"  # what norms of q, k, v take the mean over [R]
-    reparam: Literal["direct", "or", "er", "product", "zero_centred"] = "direct"  # how γ is parameterised; or, er [R]
-    scale_decay: Literal["input", "all", "none", "output"] = "all"  # roles of γ that weight decay acts on; input is IWD
-    final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head [R]
-    # mixture of experts
-    n_experts: Whole = 0  # SwiGLU experts in place of each FFN; 0 is a dense model
-    experts_per_token: Count = 2  # experts that a token goes through
-    n_shared_experts: Whole = 0  # experts that every token goes through, on top of those
-    expert_dim: Whole = 0  # width of an expert; 0 gives the FLOPs of a dense FFN of ffn_dim
-    router: Literal["softmax", "softmax_all", "sigmoid"] = "softmax"  # weights of the chosen: see MoE
-    router_aux: Amount = 0.02  # weight of the load-balancing loss
-    router_z: Amount = 0.001  # weight of the z-loss on router logits
-    router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 5e-3; then router_aux=0
-    expert_scales: Literal["shared", "own"] = "shared"  # under HG, experts share γ of gate and of up, or own theirs [R]
-    # the optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, one by one, AdamW for the rest
-    lr: Amount = 2e-3  # peak learning rate
-    scale_lr_mult: Amount = 1.0  # times lr, for scale vectors
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
-    min_lr_frac: Fraction = 0.1  # of lr, at the end
-    warmup_steps: Whole = 50  # steps of linear warm-up
-    decay_frac: Fraction = 1 / 3  # of all steps: wsd's decay
-    shard_optimizer: bool = False  # ZeRO-1: each process keeps a share of the optimizer's state
-    weight_decay: Amount = 0.1  # on matrices, embeddings, and scale_decay's γ
-    beta1: Beta = 0.9  # AdamW's
-    beta2: Beta = 0.95  # AdamW's
-    grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping
-    # data and steps
-    dataset: str = "pysrc"  # a folder under data/, or a path with a slash in it
-    batch_tokens: Count = 4096  # tokens in an optimizer step, over all processes
-    micro_batch: Count = 16  # sequences in a forward pass of one process, at most
-    max_steps: Count = 700  # optimizer steps
-    eval_interval: Count = 100  # steps between evaluations
-    eval_tokens: Count = 131072  # tokens of the validation split, always the same
-    log_interval: Count = 10  # steps between rows of the log
-    save_interval: Count = 100  # steps between checkpoints
-    # the run
-    init_from: str = ""  # start from weights and shape of a folder by export.py, or of a Hugging Face Llama or Mixtral
-    seed: Seed = 1  # of the initial weights and the order of the data
-    out_dir: str = ""  # of the run; empty is out/ and the names of the config files
-    resume: bool = False  # go on from out_dir's checkpoint
-    device: str = "auto"  # cuda where there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto is bfloat16 on cuda, else float32
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
-    sample_tokens: Whole = 256  # tokens of text shown at the end
-    dry_run: bool = False  # print the counts and the parameter groups, train nothing
-
-
-# What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
-# schedule's end, knowingly.
-FREE_ON_RESUME = {"micro_batch", "max_steps", "eval_interval", "log_interval", "save_interval", "out_dir", "resume",
-                  "device", "dtype", "compile", "sample_tokens", "shard_optimizer", "dry_run"}
+from configurator import ConfigError, from_command_line, refuse
+from settings import FREE_ON_RESUME, Settings, batch_plan, gpt_config
 
 if __name__ == "__main__":
     # before torch is loaded, so that --help and a typo are answered at once
@@ -103,6 +22,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -111,17 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.tokens import DataError, Tokens, data_folder, load_tokenizer
+from devices import device_name, peak_flops, peak_memory_mb, pick_device
 from folding import adopt, load, read_tensors
-from model import GPT, GPTConfig
+from model import GPT
+from moe import balance_routers, take_router_statistics
 from norms import ScaleVector
 from optim import gather_state, lr_at, make_optimizers, param_groups, set_lr
-from runs import (CSVLog, claim_out_dir, device_name, differing, git_commit, load_checkpoint, save_checkpoint, versions,
+from runs import (CSVLog, claim_out_dir, differing, git_commit, load_checkpoint, save_checkpoint, versions,
                   write_whole)
-
-# dense bf16 FLOP/s from the vendors' data sheets, by a part of torch's name for the device; the first match counts
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
-              "L40S": 362e12, "4090": 165e12}
-
 
 class Diverged(RuntimeError):
     """The loss or a gradient is not a number any more."""
@@ -129,50 +46,6 @@ class Diverged(RuntimeError):
 
 # ---------------------------------------------------------------------------------------------------------------
 # setting up
-
-
-def gpt_config(s, dtype="float32"):
-    """The model's share of the settings. Raises ConfigError where they do not fit together."""
-    shared = {f.name for f in fields(GPTConfig)} - {"dtype"}
-    try:
-        return GPTConfig(**{name: getattr(s, name) for name in shared}, dtype=dtype)
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
-
-
-def batch_plan(s, world):
-    """
-    (sequences of one process, sequences of one micro-batch, micro-batches) of an optimizer step.
-
-    All of batch_tokens is shared among `world` processes in equal parts. Raises ConfigError where it cannot be.
-    """
-    if s.batch_tokens % s.block_size:
-        raise ConfigError(f"batch_tokens {s.batch_tokens} is not divisible by block_size {s.block_size}")
-    sequences = s.batch_tokens // s.block_size
-    if sequences % world:
-        raise ConfigError(f"batch_tokens {s.batch_tokens} is {sequences} sequences of block_size {s.block_size}, "
-                          f"which {world} processes cannot share equally")
-    share = sequences // world
-    micro = min(s.micro_batch, share)
-    if share % micro:
-        raise ConfigError(f"batch_tokens {s.batch_tokens} is {share} sequences for each of {world} processes, "
-                          f"which micro_batch {micro} does not divide")
-    return share, micro, share // micro
-
-
-def pick_device(s):
-    """The device, and the dtype of activations on it. Raises ConfigError for a device that is not there."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device must be auto, cpu, cuda, cuda:1 and so on, or mps, not {s.device!r}")
-    try:
-        device = torch.device(name if name != "cuda" else f"cuda:{local_rank}")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ConfigError(f"device {s.device!r} cannot be used here: {str(e).splitlines()[0]}") from None
-    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    return device, dtype
 
 
 def default_out_dir(config_files):
@@ -406,11 +279,11 @@ def main(s, config_files=()):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if s.n_experts:
-                choices, entropy = raw_model.take_router_statistics()
+                choices, entropy = take_router_statistics(raw_model)
                 if distributed:
                     dist.all_reduce(choices)
                     dist.all_reduce(entropy)
-                raw_model.balance_routers(choices)
+                balance_routers(raw_model, choices)
                 routed = choices, entropy / (n_micro * world)
             step += 1
             bar.update()
@@ -441,23 +314,10 @@ def main(s, config_files=()):
             summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"
         rate = timed_steps * s.batch_tokens / timed_seconds if timed_steps else 0.0
         summary.update(steps=step, tokens=step * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        if peak := next((flops for part, flops in PEAK_FLOPS.items() if part in name), None):
+        if peak := peak_flops(device):
             summary["mfu"] = f"{raw_model.flops_per_token() * rate / (peak * world):.4f}"
         summary.update(peak_memory_mb=f"{peak_memory_mb(device):.0f}", **counts, out_dir=out)
         print("\n".join(f"{key}: {value}" for key, value in summary.items()))
-
-
-def peak_memory_mb(device):
-    """The GPU memory that tensors took at most; on a CPU, the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def show_sample(model, tokenizer, s, device):

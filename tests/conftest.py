@@ -38,7 +38,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def settings(corpus, tmp_path):
     """A function that makes the settings of a run of a second or so; keywords change them."""
-    from train import Settings
+    from settings import Settings
 
     def make(**kw):
         small = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_tokens=64, micro_batch=4, max_steps=8,

@@ -19,7 +19,7 @@ from conftest import ROOT
 from configurator import ConfigError, configure
 from data.tokens import BinWriter, load_tokenizer, write_meta
 from optim import param_groups
-from train import Settings
+from settings import Settings
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_tokens=64", "--eval_tokens=256",
         "--warmup_steps=2", "--eval_interval=50", "--log_interval=10", "--save_interval=20"]

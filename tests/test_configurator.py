@@ -103,7 +103,7 @@ def train(*args):
 
 def test_help_is_complete_and_quick():
     from dataclasses import fields
-    from train import Settings
+    from settings import Settings
     started = time.perf_counter()
     run = train("--help")
     assert run.returncode == 0 and time.perf_counter() - started < 2

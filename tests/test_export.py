@@ -18,10 +18,13 @@ from configurator import ConfigError, configure
 from data.tokens import DataError, load_tokenizer
 from export import arguments, byte_symbols, main, open_model, write_tokenizer
 from folding import fold, load, read_tensors
-from model import GPT, GPTConfig
-from norms import FORMS, ScaleVector
+from model import GPT
+from moe import mixtures
+from settings import GPTConfig
+from norms import ScaleVector
+from settings import FORMS
 from runs import checksum, save_checkpoint
-from train import Settings, gpt_config
+from settings import Settings, gpt_config
 
 TEXT = (ROOT / "model.py").read_text(encoding="utf-8")[:200] + " café γ ⊙ 你好 \n"
 TINY = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--ffn_dim=45", "--block_size=128"]
@@ -47,7 +50,7 @@ def shaken(config, seed=0, size=5.0):
         for _, p, role, _ in model.named_roles():
             if role in ("matrix", "embedding", "router"):
                 p.mul_(4 * size if role == "router" else size)
-        for ffn in model.mixtures():
+        for ffn in mixtures(model):
             if config.router_bias:
                 ffn.bias.normal_(0, 0.2)
         for module in model.modules():

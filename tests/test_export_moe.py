@@ -10,11 +10,14 @@ from configurator import ConfigError, configure
 from conftest import ROOT
 from export import arguments, main, open_model
 from folding import fold, load, read_tensors
-from model import GPT, GPTConfig
-from norms import FORMS, ScaleVector
+from model import GPT
+from moe import mixtures, take_router_statistics
+from settings import GPTConfig
+from norms import ScaleVector
+from settings import FORMS
 from test_export import IDS, TINY, export_all, logits, same_by_our_own_code, same_by_transformers, save_run, shaken
 from test_hf import dataset, first_val_loss, from_folder, train, transformers
-from train import Settings
+from settings import Settings
 from train import main as train_main
 
 ROUTERS = ("softmax", "softmax_all", "sigmoid")
@@ -49,7 +52,7 @@ def expected_class(model):
     """export.py's head, written out a second time."""
     config = model.config
     normed = {config.attn_placement, config.ffn_placement} & {"norm", "dual_norm"}
-    biased = any(ffn.bias.any() for ffn in model.mixtures())
+    biased = any(ffn.bias.any() for ffn in mixtures(model))
     if normed or config.arch == "gemma" or config.n_embd % config.n_head or config.n_experts == 1:
         return "NanoScaleForCausalLM"
     if config.router == "sigmoid":
@@ -84,7 +87,7 @@ def test_the_shaken_models_would_show_an_error(router):
                              router_bias=0.01, heterogeneous=True, expert_scales="own"))
     before = logits(model, IDS)
     assert all((load > 0).sum() >= 4 for load in counted(model))
-    for ffn in model.mixtures():
+    for ffn in mixtures(model):
         changed = [ffn.bias, *(p for p in ffn.parameters())]
         for p in changed:
             old = p.detach().clone()
@@ -98,9 +101,9 @@ def test_the_shaken_models_would_show_an_error(router):
 
 def counted(model):
     """Each layer's choices of each expert, (n_layer, E)."""
-    model.take_router_statistics()
+    take_router_statistics(model)
     model(IDS)
-    return model.take_router_statistics()[0]
+    return take_router_statistics(model)[0]
 
 
 def test_folding_is_exact_and_leaves_the_mixture_alone():

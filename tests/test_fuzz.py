@@ -17,7 +17,7 @@ import train
 from configurator import ConfigError, configure, read_file
 from conftest import snapshot
 from data.tokens import DataError, Tokens
-from train import Settings
+from settings import Settings
 
 NAMES = st.sampled_from([f.name for f in fields(Settings)])
 TEXT = st.text(max_size=20)

@@ -12,10 +12,12 @@ from export import main as export
 from export import open_model
 from folding import adopt, load, read_config, read_tensors
 from model import GPT
-from norms import FORMS, ScaleVector
+from norms import ScaleVector
+from settings import FORMS
 from test_export import IDS, logits, save_run
 from runs import load_checkpoint
-from train import Settings, gpt_config, main
+from settings import Settings, gpt_config
+from train import main
 
 SHAPES = {
     "plain": dict(),

@@ -311,7 +311,7 @@ def test_compiled_without_graph_breaks_is_eager():
 def test_a_model_with_kernels_is_the_model_without(name, flags, launched):
     from configurator import configure
     from model import GPT
-    from train import Settings, gpt_config
+    from settings import Settings, gpt_config
     small = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--vocab_size=31"]
     config = gpt_config(configure(Settings, [str(ROOT / "config" / f"{name}.py"), *small, *flags])[0])
     model = shake(GPT(config)).to(DEVICE)

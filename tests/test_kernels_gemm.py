@@ -364,7 +364,7 @@ MODELS = {
 def test_a_model_with_kernels_is_the_model_without(name, launched):
     from configurator import configure
     from model import GPT
-    from train import Settings, gpt_config
+    from settings import Settings, gpt_config
     small = ["--n_layer=1", "--n_head=2", "--n_embd=12", "--block_size=4", "--vocab_size=31", *MODELS[name]]
     file = ROOT / "config" / f"{name}.py"
     config = gpt_config(configure(Settings, [str(file)] * file.exists() + small)[0])

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels import apply_rope
-from model import GPT, GPTConfig, rope_tables
-from norms import FORMS, PLACEMENTS, Branches, ScaleVector
+from model import GPT, rope_tables
+from settings import GPTConfig
+from norms import Branches, ScaleVector
+from settings import FORMS, PLACEMENTS
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, ffn_dim=20, vocab_size=31, block_size=12)
 VARIANTS = list(itertools.product(("llama", "gemma"), FORMS, PLACEMENTS, (False, True)))

@@ -13,13 +13,17 @@ import train
 from configurator import configure
 from conftest import ROOT
 from kernels import rms_norm
-from model import GPT, GPTConfig, MoE, Route
-from norms import FORMS, PLACEMENTS, Branches, ScaleVector
+from model import GPT
+from moe import MoE, Route, balance_routers, mixtures, take_router_statistics
+from settings import GPTConfig
+from norms import Branches, ScaleVector
+from settings import FORMS, PLACEMENTS
 from optim import StackedMuon, make_optimizers, param_groups, set_lr
 from runs import load_checkpoint
 from test_ddp import flags, furthest, losses, torchrun
 from test_model import shake, tokens
-from train import Settings, main
+from settings import Settings
+from train import main
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, ffn_dim=24, vocab_size=31, block_size=12, n_experts=5)
 SHARING = {"one": {}, "hg": dict(heterogeneous=True), "own": dict(heterogeneous=True, expert_scales="own")}
@@ -112,13 +116,13 @@ def test_loop_and_naive_formulation_agree_in_loss_and_every_gradient(router, pla
 @pytest.mark.parametrize("bias", [[9, 9, 0, 0, 0], [9, 0, 0, 0, -9], [0, 0, 0, 0, 0]], ids=str)
 def test_experts_with_all_tokens_and_with_none(bias, monkeypatch):
     model = loud(tiny(dtype="float64"))
-    for moe in model.mixtures():
+    for moe in mixtures(model):
         moe.bias.copy_(torch.tensor(bias))
     ours = loss_and_gradients(model)
-    load, _ = model.take_router_statistics()
+    load, _ = take_router_statistics(model)
     if bias[0]:
         assert (load[:, 0] == 36).all() and (load[:, 4] == 0).all()
-        assert all((moe.experts.down.weight.grad[4] == 0).all() for moe in model.mixtures())
+        assert all((moe.experts.down.weight.grad[4] == 0).all() for moe in mixtures(model))
     monkeypatch.setattr(MoE, "forward", naive)
     assert_close(ours, loss_and_gradients(model), 1e-10)
 
@@ -160,7 +164,7 @@ def test_grouped_and_looped_models_agree(placement, sharing):
     results = []
     for grouped in (False, True):
         model = shake(tiny(expert_dim=8, n_shared_experts=1, placement=placement, **SHARING[sharing]))
-        for moe in model.mixtures():
+        for moe in mixtures(model):
             moe.grouped = grouped
         results.append(loss_and_gradients(model))
     assert_close(*results, 1e-6)
@@ -177,7 +181,7 @@ def test_one_expert_is_the_dense_model_exactly(placement, heterogeneous, grouped
     state = {name: there[theirs(name)].view_as(x) if theirs(name) in there else x
              for name, x in mixture.state_dict().items()}
     mixture.load_state_dict(state)
-    for moe in mixture.mixtures():
+    for moe in mixtures(mixture):
         moe.grouped = grouped
     (loss, grads), (loss_, grads_) = loss_and_gradients(dense), loss_and_gradients(mixture)
     assert torch.equal(loss, loss_)
@@ -223,7 +227,7 @@ def test_mixtral_has_the_same_loss():
     logits = theirs(x).logits
     assert (model(x)[0] - logits).abs().max() < 1e-4
     assert abs(model(x, y)[1] - F.cross_entropy(logits.flatten(0, 1), y.flatten())) < 1e-5
-    for moe in model.mixtures():  # that the convention matters to this comparison
+    for moe in mixtures(model):  # that the convention matters to this comparison
         moe.config.router = "softmax_all"
     assert abs(model(x, y)[1] - F.cross_entropy(logits.flatten(0, 1), y.flatten())) > 1e-3
 
@@ -360,8 +364,8 @@ def test_balance_loss_is_one_when_balanced_and_a_mean_over_sequences():
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_bias_moves_by_counts_and_chooses_without_weighing(router):
     model = tiny(router_bias=0.25, router=router, n_layer=1)
-    (moe,) = model.mixtures()
-    model.balance_routers(torch.tensor([[10, 2, 5, 5, 3]]))
+    (moe,) = mixtures(model)
+    balance_routers(model, torch.tensor([[10, 2, 5, 5, 3]]))
     assert moe.bias.tolist() == [-0.25, 0.25, 0, 0, 0.25]
     assert "blocks.0.ffn.bias" in model.state_dict() and "blocks.0.ffn.bias" not in dict(model.named_parameters())
     with torch.no_grad():
@@ -383,10 +387,10 @@ def test_statistics_count_what_trains_and_nothing_else():
         model(x, y)
     with torch.no_grad():
         model(x, y)
-    load, entropy = model.take_router_statistics()
+    load, entropy = take_router_statistics(model)
     assert load.sum(1).tolist() == [2 * 36 * 2] * 2 and load.dtype == torch.int64
     assert (entropy / 2 < torch.tensor(5.0).log()).all() and (entropy / 2 > 1).all()
-    assert model.take_router_statistics()[0].sum() == 0
+    assert take_router_statistics(model)[0].sum() == 0
     assert train.expert_statistics(torch.tensor([[6, 0, 0]]), torch.tensor([0.5]), 7) == [
         dict(step=7, layer=0, load_max="3", idle=2, entropy="0.5")]
 
@@ -484,7 +488,7 @@ def test_bf16_leaves_the_router_in_fp32():
     model, (x, y) = tiny(dtype="bfloat16", n_shared_experts=1, heterogeneous=True, placement="dual_norm"), tokens()
     for grouped in (False, True):
         seen = []
-        for moe in model.mixtures():
+        for moe in mixtures(model):
             moe.grouped = grouped
             moe.router.register_forward_hook(lambda module, h, out: seen.append(out[0].dtype))
         loss_and_gradients(model)

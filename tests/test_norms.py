@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kernels import rms_norm, scaled_cast
-from norms import FORMS, PLACEMENTS, Branches, ScaleVector
+from norms import Branches, ScaleVector
+from settings import FORMS, PLACEMENTS
 
 torch.manual_seed(0)
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from model import GPT, GPTConfig
-from norms import FORMS, ScaleVector
+from model import GPT
+from settings import GPTConfig
+from norms import ScaleVector
+from settings import FORMS
 from optim import lr_at, make_optimizers, param_groups, set_lr
 
 WD, LR = 0.25, 0.1

@@ -11,7 +11,8 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT
+from settings import GPTConfig
 from norms import Branches, ScaleVector
 from optim import param_groups
 

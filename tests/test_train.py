@@ -20,7 +20,8 @@ from conftest import ROOT, snapshot
 from data.tokens import BinWriter, DataError
 from norms import ScaleVector
 from runs import load_checkpoint
-from train import Diverged, Settings, batch_plan, main
+from settings import Settings, batch_plan
+from train import Diverged, main
 
 UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
 
@@ -384,7 +385,7 @@ def test_dry_run_of_the_papers_1b_prints_its_numbers(capsys):
 
 def test_model_defaults_are_the_settings():
     from dataclasses import fields
-    from model import GPTConfig
+    from settings import GPTConfig
     s = Settings()
     for f in fields(GPTConfig):
         if f.name != "dtype":

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from conftest import ROOT  # puts the project on sys.path
 from configurator import configure
-from train import Settings, main
+from settings import Settings
+from train import main
 
 
 def settings(name, out, dataset, steps, *flags):

@@ -1,0 +1,64 @@
+"""
+The machine: which device a run is on, in which dtype, what it is called and what it can do at most.
+"""
+
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from configurator import ConfigError
+
+# dense bf16 FLOP/s from the vendors' data sheets, by a part of torch's name for the device; the first match counts
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
+              "L40S": 362e12, "4090": 165e12}
+
+
+def pick_device(s):
+    """The device, and the dtype of activations on it. Raises ConfigError for a device that is not there."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:1 and so on, or mps, not {s.device!r}")
+    try:
+        device = torch.device(name if name != "cuda" else f"cuda:{local_rank}")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"device {s.device!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return device, dtype
+
+
+def device_name(device):
+    """What a result must say of where it was made: 'NVIDIA H100 80GB HBM3', or 'AMD EPYC, 2 cores'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s that the device's vendor states, None where the table has none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_mb(device):
+    """The GPU memory that tensors took at most; on a CPU, the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

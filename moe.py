@@ -1,0 +1,203 @@
+"""
+A mixture of experts in the place of a block's FFN: router, dispatch, balance. It is handed the FFN that it stacks.
+
+Knows norms.py alone. Shapes: B batch, T tokens; E experts, K of them chosen for each of N = B·T tokens.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from norms import ScaleVector
+
+
+def can_group(x, *widths):
+    """
+    Whether grouped_linear is for these experts: bf16 on a GPU, where rows `widths` wide begin at multiples of 16 bytes.
+
+    A CPU has grouped_mm too, in torch 2.13 in fp32, bf16 and fp16, but not in every version, and no faster.
+    """
+    has = hasattr(F, "grouped_mm") or hasattr(torch, "_grouped_mm")
+    return has and x.is_cuda and x.dtype == torch.bfloat16 and not any(n % 8 for n in widths)
+
+
+def grouped_linear(x, weight, ends):
+    """
+    Row i of x times the transpose of its expert's matrix, as one grouped GEMM: (M, K) and (E, N, K) make (M, N).
+
+    ends: (E,) int32, where each expert's rows end; they lie in the experts' order, and ends[-1] is M: rows behind it
+    would stay uninitialised. An expert may have no rows; its weight's gradient is then zeros, and not missing.
+    """
+    grouped_mm = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
+    return grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+def looped_linear(x, weight, sizes):
+    """grouped_linear's twin, a GEMM for each expert. sizes: a list of their numbers of rows."""
+    # unbind, since the gradient of weight[e] would be as large as all of weight, for each e
+    return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.split(sizes), weight.unbind())])
+
+
+class _Permute(torch.autograd.Function):
+    # x[there] for a permutation `there` whose inverse is known: the gradient is a gather as well. Autograd's own is a
+    # scatter-add, which a GPU does in any order.
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.save_for_backward(there, back)
+        return x[there]
+
+    @staticmethod
+    def backward(ctx, dy):
+        there, back = ctx.saved_tensors
+        return _Permute.apply(dy, back, there), None, None
+
+
+class Route:
+    """
+    Which rows go to which expert: every token K times, sorted by expert, and by token within one.
+
+    chosen: (N, K) int64, each token's experts. load: (E,) int64, each expert's rows. grouped: one grouped GEMM for all
+    experts, or a loop over them, which has to wait for load.
+    """
+
+    def __init__(self, chosen, load, grouped):
+        self.K, self.grouped = chosen.size(1), grouped
+        self.sizes, self.ends = (None, load.cumsum(0).to(torch.int32)) if grouped else (load.tolist(), None)
+        self.expert, self.order = chosen.flatten().sort(stable=True)  # (N·K,) each
+        self.back = torch.empty_like(self.order)
+        self.back[self.order] = torch.arange(self.order.numel(), device=chosen.device)
+
+    def dispatch(self, x):
+        """(N, n_embd) to (N·K, n_embd), each expert's rows together."""
+        copies = x.unsqueeze(1).expand(-1, self.K, -1).reshape(-1, x.size(-1))  # its gradient is a sum in fixed order
+        return _Permute.apply(copies, self.order, self.back)
+
+    def combine(self, y, weights):
+        """(N·K, n_embd) back to (N, n_embd): the sum over a token's experts times weights, (N, K), in their order."""
+        y = _Permute.apply(y, self.back, self.order).unflatten(0, (-1, self.K))
+        return (y * weights.unsqueeze(-1)).sum(1).to(y.dtype)
+
+    def linear(self, x, weight):
+        return grouped_linear(x, weight, self.ends) if self.grouped else looped_linear(x, weight, self.sizes)
+
+    def rows(self, gamma):
+        """Each row's own of a stack of scale vectors, (E, n) to (N·K, n); one that experts share, (n,), stays."""
+        if gamma.dim() == 1:
+            return gamma
+        if self.grouped:
+            return gamma[self.expert]
+        return torch.cat([g.expand(size, -1) for g, size in zip(gamma, self.sizes)])
+
+
+class MoE(nn.Module):
+    """
+    A mixture of SwiGLU experts, of which each token goes through the K with the highest scores (arXiv 1701.06538), and
+    none is dropped. Shared experts are one FFN, n_shared_experts × expert_dim wide, that every token goes through.
+
+    The router is a branch of the Pre-Norm: with a γ of its own under HG, else with the one that all branches share. DP
+    and DNP leave it alone (our reading: a norm over the logits would fix the router's temperature). It computes in
+    fp32. Its outputs become the weights of the chosen experts by
+        softmax      softmax over the chosen, as Mixtral: they sum to 1. With K = 1 the weight is always 1, and nothing
+                     but the auxiliary losses trains the router
+        softmax_all  softmax over all experts, as OLMoE: they sum to less
+        sigmoid      sigmoids, divided by their sum over the chosen, as DeepSeek-V3
+
+    Balance is kept by two losses, or by a bias.
+    router_aux   E Σ_e f_e p_e for each sequence (f: share of the sequence's choices, p: mean probability; 1 when
+                 balanced), averaged over sequences (arXiv 2412.19437) and layers. The usual f and p are those of a
+                 micro-batch; a product of two means depends on how the batch was split, so that loss would change with
+                 the micro-batch and the number of processes. This one does not. It asks for more: balance within each
+                 sequence
+    router_z     mean of logsumexp(logits)² (arXiv 2202.08906)
+    router_bias  after each optimizer step, b_e moves by this towards balance: up where the expert had less than the
+                 mean of the step's tokens, down where it had more. b is added to scores for the choice alone, so it
+                 has no gradient (arXiv 2408.15664)
+    """
+
+    grouped = None  # True or False, in tests; else can_group says
+
+    def __init__(self, config, router, experts, shared=None):
+        """router: Branches with one, 'router'. experts: the FFN of n_experts stacked. shared: the shared experts' FFN."""
+        super().__init__()
+        self.config, E = config, config.n_experts
+        self.router, self.experts, self.shared = router, experts, shared
+        if not config.heterogeneous:  # one γ for all branches of the norm
+            for ffn in (self.experts, self.shared):
+                if ffn is not None:
+                    ffn.gate_up.v = self.router.v
+        self.register_buffer("bias", torch.zeros(E))
+        # of the micro-batches since the last optimizer step
+        self.register_buffer("load", torch.zeros(E, dtype=torch.int64), persistent=False)
+        self.register_buffer("entropy", torch.zeros(()), persistent=False)
+        self.loss = None
+
+    def forward(self, h):
+        # h: (B, T, n_embd), the output of N
+        config, (B, T, _) = self.config, h.shape
+        E, K = config.n_experts, config.experts_per_token
+        x = h.flatten(0, 1)  # (N, n_embd)
+        (logits,) = self.router(x.to(torch.promote_types(x.dtype, torch.float32)))  # (N, E)
+        scores = logits.sigmoid() if config.router == "sigmoid" else logits.softmax(-1)
+        chosen = (scores.detach() + self.bias).topk(K).indices  # (N, K), the best first
+        if config.router == "softmax":
+            weights = logits.gather(1, chosen).softmax(-1)
+        else:
+            weights = scores.gather(1, chosen)
+            if config.router == "sigmoid":
+                weights = weights / weights.sum(-1, keepdim=True)
+
+        choices = chosen.view(B, -1)  # (B, T·K)
+        counts = choices.new_zeros(B, E).scatter_add_(1, choices, torch.ones_like(choices))
+        load = counts.sum(0)
+        if torch.is_grad_enabled():  # evaluation balances nothing and leaves no trace in the statistics
+            p = scores / scores.sum(-1, keepdim=True) if config.router == "sigmoid" else scores
+            f = counts.to(p.dtype) / (T * K)
+            balance = E * (f * p.view(B, T, E).mean(1)).sum(-1).mean()
+            self.loss = config.router_aux * balance + config.router_z * logits.logsumexp(-1).square().mean()
+            self.load += load
+            self.entropy += torch.special.entr(p.detach()).sum(-1).mean()
+
+        grouped = can_group(x, config.n_embd) if self.grouped is None else self.grouped
+        route = Route(chosen, load, grouped)
+        y = route.combine(self.experts(route.dispatch(x), route), weights).view_as(h)
+        return y if self.shared is None else y + self.shared(h)
+
+    def stacked(self):
+        """The parameters of which each expert has a share of its own."""
+        yield from (*self.experts.gate_up.weight.values(), self.experts.down.weight)
+        for module in self.experts.modules():
+            if isinstance(module, ScaleVector) and module.stack:
+                yield from module.parameters()
+
+
+def mixtures(model):
+    """The MoE of each block, in order; none in a dense model."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+@torch.no_grad()
+def take_router_statistics(model):
+    """
+    (load, entropy) since the last call: (n_layer, E) int64, choices of each expert; (n_layer,), the router's
+    entropy in nats, the mean over tokens, summed over micro-batches. Of this process; they begin again at zero.
+    """
+    load, entropy = (torch.stack([getattr(moe, name) for moe in mixtures(model)]) for name in ("load", "entropy"))
+    for moe in mixtures(model):
+        moe.load.zero_()
+        moe.entropy.zero_()
+    return load, entropy
+
+
+@torch.no_grad()
+def balance_routers(model, load):
+    """Move each router's bias by router_bias towards balance. load: (n_layer, E), of a step, over all processes."""
+    for moe, n in zip(mixtures(model), load):
+        moe.bias += moe.config.router_bias * (n.sum() - n * n.numel()).sign()  # in integers: the same everywhere
+
+
+def active(model):
+    """Parameter -> how many of its numbers are used for one token: K of E experts' in what experts have stacked."""
+    share = {p: moe.config for moe in mixtures(model) for p in moe.stacked()}
+    return {p: p.numel() * share[p].experts_per_token // share[p].n_experts if p in share else p.numel()
+            for p in model.parameters()}

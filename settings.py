@@ -1,0 +1,150 @@
+"""
+Every setting of a model and of a run, once: its type, its range, its default, and the comment that --help prints.
+
+Knows configurator.py alone and does not load torch, so that --help and a typo are answered at once.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
+
+from configurator import Amount, ConfigError, Count, Fraction, Whole
+
+FORMS = ("direct", "or", "er", "product", "zero_centred")
+PLACEMENTS = ("input", "dual", "dual_norm", "norm")
+Beta = Annotated[float, 0.0, 0.999999]
+Seed = Annotated[int, 0, 2**32 - 1]
+
+
+@dataclass
+class GPTConfig:
+    """The model's share of the settings. Made by itself it is filled in: no 0, 'same' or 'auto' is left."""
+
+    # the model
+    arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
+    n_layer: Count = 4  # blocks
+    n_head: Count = 4  # attention heads
+    n_kv_head: Whole = 0  # heads of k and v (GQA); 0 is n_head
+    d_head: Whole = 0  # channels of a head; 0 is n_embd / n_head
+    n_embd: Count = 128  # width of the residual stream
+    ffn_dim: Whole = 0  # width of the FFN; 0 is int(8 n_embd / 3)
+    vocab_size: Count = 256  # rows of the embedding, at least the data's vocabulary
+    block_size: Count = 256  # tokens in a sequence
+    tie_embeddings: bool = False  # the LM head shares the token table
+    rope_theta: Annotated[float, 1.0, None] = 10000.0  # RoPE's base
+    norm_eps: Amount = 1e-6  # inside every norm's square root
+    # scale vectors
+    scale_vectors: bool = True  # False fixes every γ to 1
+    heterogeneous: bool = False  # HG: q, k, v, gate and up have a γ each
+    placement: Literal[PLACEMENTS] = "input"  # dual is DP, dual_norm DNP, norm our control
+    attn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in attention, where it differs
+    ffn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in the FFN, where it differs
+    qkv_norm: Literal["head", "full"] = "head"  # what norms of q, k, v take the mean over [R]
+    reparam: Literal[FORMS] = "direct"  # how γ is parameterised; or, er [R]
+    final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head [R]
+    # mixture of experts
+    n_experts: Whole = 0  # SwiGLU experts in place of each FFN; 0 is a dense model
+    experts_per_token: Count = 2  # experts that a token goes through
+    n_shared_experts: Whole = 0  # experts that every token goes through, on top of those
+    expert_dim: Whole = 0  # width of an expert; 0 gives the FLOPs of a dense FFN of ffn_dim
+    router: Literal["softmax", "softmax_all", "sigmoid"] = "softmax"  # weights of the chosen: see MoE
+    router_aux: Amount = 0.02  # weight of the load-balancing loss
+    router_z: Amount = 0.001  # weight of the z-loss on router logits
+    router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 5e-3; then router_aux=0
+    expert_scales: Literal["shared", "own"] = "shared"  # under HG, experts share γ of gate and of up, or own theirs [R]
+    # numbers
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto is bfloat16 on cuda, else float32
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head and not self.d_head:
+            raise ConfigError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        self.d_head = self.d_head or self.n_embd // self.n_head
+        if self.d_head % 2:
+            raise ConfigError(f"RoPE turns pairs of channels: a head's {self.d_head} are odd")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ConfigError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        self.ffn_dim = self.ffn_dim or int(8 * self.n_embd / 3)  # SwiGLU's three matrices, as many as 4·n_embd's two
+        if self.n_experts:
+            if self.experts_per_token > self.n_experts:
+                raise ConfigError(f"experts_per_token {self.experts_per_token} is more than n_experts {self.n_experts}")
+            # as many FLOPs per token as the dense FFN
+            self.expert_dim = self.expert_dim or self.ffn_dim // (self.experts_per_token + self.n_shared_experts)
+            if not self.expert_dim:
+                raise ConfigError(f"ffn_dim {self.ffn_dim} leaves no channel for an expert; set expert_dim")
+        elif self.expert_dim or self.n_shared_experts:
+            raise ConfigError("expert_dim and n_shared_experts need n_experts")
+        self.attn_placement = self.placement if self.attn_placement == "same" else self.attn_placement
+        self.ffn_placement = self.placement if self.ffn_placement == "same" else self.ffn_placement
+        self.dtype = "float32" if self.dtype == "auto" else self.dtype
+
+
+@dataclass
+class Settings(GPTConfig):
+    """All settings, as they were typed."""
+
+    # the optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, one by one, AdamW for the rest
+    lr: Amount = 2e-3  # peak learning rate
+    scale_lr_mult: Amount = 1.0  # times lr, for scale vectors
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
+    min_lr_frac: Fraction = 0.1  # of lr, at the end
+    warmup_steps: Whole = 50  # steps of linear warm-up
+    decay_frac: Fraction = 1 / 3  # of all steps: wsd's decay
+    shard_optimizer: bool = False  # ZeRO-1: each process keeps a share of the optimizer's state
+    weight_decay: Amount = 0.1  # on matrices, embeddings, and scale_decay's γ
+    scale_decay: Literal["input", "all", "none", "output"] = "all"  # roles of γ that weight decay acts on; input is IWD
+    beta1: Beta = 0.9  # AdamW's
+    beta2: Beta = 0.95  # AdamW's
+    grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping
+    # data and steps
+    dataset: str = "pysrc"  # a folder under data/, or a path with a slash in it
+    batch_tokens: Count = 4096  # tokens in an optimizer step, over all processes
+    micro_batch: Count = 16  # sequences in a forward pass of one process, at most
+    max_steps: Count = 700  # optimizer steps
+    eval_interval: Count = 100  # steps between evaluations
+    eval_tokens: Count = 131072  # tokens of the validation split, always the same
+    log_interval: Count = 10  # steps between rows of the log
+    save_interval: Count = 100  # steps between checkpoints
+    # the run
+    init_from: str = ""  # start from weights and shape of a folder by export.py, or of a Hugging Face Llama or Mixtral
+    seed: Seed = 1  # of the initial weights and the order of the data
+    out_dir: str = ""  # of the run; empty is out/ and the names of the config files
+    resume: bool = False  # go on from out_dir's checkpoint
+    device: str = "auto"  # cuda where there is one, else cpu
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
+    sample_tokens: Whole = 256  # tokens of text shown at the end
+    dry_run: bool = False  # print the counts and the parameter groups, train nothing
+
+    def __post_init__(self):
+        pass  # nothing is filled in before gpt_config
+
+
+# What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
+# schedule's end, knowingly.
+FREE_ON_RESUME = {"micro_batch", "max_steps", "eval_interval", "log_interval", "save_interval", "out_dir", "resume",
+                  "device", "dtype", "compile", "sample_tokens", "shard_optimizer", "dry_run"}
+
+
+def gpt_config(s, dtype="float32"):
+    """The GPTConfig of settings s, its activations in dtype. Raises ConfigError where they do not fit together."""
+    return GPTConfig(**{**{f.name: getattr(s, f.name) for f in fields(GPTConfig)}, "dtype": dtype})
+
+
+def batch_plan(s, world):
+    """
+    (sequences of one process, sequences of one micro-batch, micro-batches) of an optimizer step.
+
+    All of batch_tokens is shared among `world` processes in equal parts. Raises ConfigError where it cannot be.
+    """
+    if s.batch_tokens % s.block_size:
+        raise ConfigError(f"batch_tokens {s.batch_tokens} is not divisible by block_size {s.block_size}")
+    sequences = s.batch_tokens // s.block_size
+    if sequences % world:
+        raise ConfigError(f"batch_tokens {s.batch_tokens} is {sequences} sequences of block_size {s.block_size}, "
+                          f"which {world} processes cannot share equally")
+    share = sequences // world
+    micro = min(s.micro_batch, share)
+    if share % micro:
+        raise ConfigError(f"batch_tokens {s.batch_tokens} is {share} sequences for each of {world} processes, "
+                          f"which micro_batch {micro} does not divide")
+    return share, micro, share // micro
