@@ -148,10 +148,11 @@ def configure(settings_class, args):
 
 
 def help_text(settings_class):
-    """The lines of settings_class's body: every setting with its default, its choices and its comment."""
+    """The lines of settings_class's body and of its bases': every setting with its default, its choices and its comment."""
     hints = get_type_hints(settings_class, include_extras=True)
     comments = {}
-    for line in inspect.getsource(settings_class).splitlines():
+    sources = [inspect.getsource(c) for c in reversed(settings_class.__mro__[:-1])]
+    for line in "".join(sources).splitlines():
         name, colon, rest = line.strip().partition(":")
         if colon and name in hints:
             comments[name] = rest.partition("  # ")[2]
