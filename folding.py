@@ -72,7 +72,7 @@ def fold(model):
     for i, block in enumerate(model.blocks):
         p, attn = f"blocks.{i}.", block.attn
         u = branches_into(t, p + "attn.", attn.qkv)
-        t[p + "attn.o"] = attn.o.weight.double()
+        t[p + "attn.o"] = attn.o.double()
         if "v" in u:  # attention mixes tokens, not channels; each head of v serves n_head / n_kv_head heads of o
             u_v = u.pop("v").double().view(config.n_kv_head, config.d_head)
             u_v = u_v.repeat_interleave(config.n_head // config.n_kv_head, dim=0)
@@ -85,7 +85,7 @@ def fold(model):
             t[p + "ffn.bias"] = block.ffn.bias
         for prefix, ffn in ffns(block, p + "ffn."):
             u = branches_into(t, prefix, ffn.gate_up)
-            t[prefix + "down"] = ffn.down.weight.double()
+            t[prefix + "down"] = ffn.down.double()
             if "up" in u:
                 t[prefix + "down"] = t[prefix + "down"] * u.pop("up").double().unsqueeze(-2)
             t.update({f"{prefix}{c}_scale": u_c for c, u_c in u.items()})
@@ -154,7 +154,7 @@ def load(model, tensors):
     for i, block in enumerate(model.blocks):
         p, attn = f"blocks.{i}.", block.attn
         fill_branches(attn.qkv, p + "attn.", *pre_norm(p + "attn_norm"))
-        attn.o.weight.copy_(take(p + "attn.o", attn.o.weight.shape))
+        attn.o.copy_(take(p + "attn.o", attn.o.shape))
         norm = pre_norm(p + "ffn_norm")  # one for all that is behind it: router, experts, shared experts
         if model.config.n_experts:
             bias = take(p + "ffn.bias", block.ffn.bias.shape, optional=True)
@@ -162,7 +162,7 @@ def load(model, tensors):
             fill_branches(block.ffn.router, p + "ffn.", *norm)
         for prefix, ffn in ffns(block, p + "ffn."):
             fill_branches(ffn.gate_up, prefix, *norm)
-            ffn.down.weight.copy_(take(prefix + "down", ffn.down.weight.shape))
+            ffn.down.copy_(take(prefix + "down", ffn.down.shape))
         output = {"attn.q_scale": attn.q_scale, "attn.k_scale": attn.k_scale} if attn.qk_norm else {}
         if model.config.arch == "gemma":
             output.update(attn_post=block.attn_post, ffn_post=block.ffn_post)

@@ -36,27 +36,6 @@ def output_scale(config, n):
     return ScaleVector(n, "output", config.reparam) if config.scale_vectors else None
 
 
-class Linear(nn.Module):
-    """
-    x Wᵀ without bias, W kept in fp32 and multiplied in x's dtype. stack, route: as in Branches. x is n_in wide, filled
-    up with zeros to a multiple of align.
-    """
-
-    kept = None  # as in Branches
-
-    def __init__(self, n_in, n_out, align=1, stack=0):
-        super().__init__()
-        self.align = align
-        self.weight = nn.Parameter(torch.empty(stack, n_out, n_in) if stack else torch.empty(n_out, n_in))
-
-    def gemm_weight(self, dtype):
-        return scaled_cast([self.weight], [None], [None], dtype, align_columns=self.align)
-
-    def forward(self, x, route=None):
-        linear = F.linear if route is None else route.linear
-        return linear(x, self.gemm_weight(x.dtype) if self.kept is None else self.kept)
-
-
 def rope_tables(d_head, block_size, theta):
     """
     cos and sin of RoPE's angles (arXiv 2104.09864), each (block_size, d_head/2) in fp32.
@@ -84,50 +63,77 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    written = False  # True computes as the paper writes it, on activations: slower, and there for tests to compare with
+    kept = None  # weights()'s result, while someone promises that no parameter changes (GPT.weights_kept)
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         nq, nkv = config.n_head * config.d_head, config.n_kv_head * config.d_head
         self.qkv = branches(config, {"q": nq, "k": nkv, "v": nkv}, placement=config.attn_placement,
-                                   group=config.d_head if config.qkv_norm == "head" else None)
-        self.o = Linear(nq, config.n_embd)
-        # dual_norm and norm put a norm behind q and k already
-        self.qk_norm = config.arch == "gemma" and config.attn_placement in ("input", "dual")
+                            group=config.d_head if config.qkv_norm == "head" else None)
+        self.o = nn.Parameter(torch.empty(config.n_embd, nq))
+        # dual_norm and norm put a norm after q and k already
+        self.qk_norm = config.arch == "gemma" and not self.qkv.normed
         if self.qk_norm:
             per_head = config.qkv_norm == "head"
             self.q_scale = output_scale(config, config.d_head if per_head else nq)
             self.k_scale = output_scale(config, config.d_head if per_head else nkv)
 
+    def weights(self, dtype):
+        """What its two GEMMs multiply by: q, k and v one below the other, and o."""
+        return self.qkv.folded_weight(dtype), scaled_cast([self.o], [None], [None], dtype)
+
     def forward(self, h, cos, sin, cache=None):
-        B, T, _ = h.shape
-        config = self.config
-        normed, gammas = ("qkv" if self.qkv.normed else ""), self.qkv.gammas()
+        (B, T, _), config = h.shape, self.config
+        heads, eps, group = (config.n_head, config.n_kv_head), config.norm_eps, self.qkv.group
+        normed, gammas = "".join(self.qkv.normed), [self.qkv.after_norm(c) for c in "qkv"]
         if self.qk_norm:
             normed, gammas = "qk", [self.q_scale and self.q_scale(), self.k_scale and self.k_scale(), None]
-        q, k, v = qk_norm_rope(self.qkv.linear(h), cos, sin, config.n_head, config.n_kv_head, config.norm_eps, normed,
-                               gammas, self.qkv.group)
+        if self.written:
+            y, W_o = torch.cat(self.qkv(h), dim=-1), self.o.to(h.dtype)
+            normed, gammas = (normed, gammas) if self.qk_norm else ("", [None] * 3)
+        else:
+            W_qkv, W_o = self.kept or self.weights(h.dtype)
+            y = F.linear(h, W_qkv)
+        q, k, v = qk_norm_rope(y, cos, sin, *heads, eps, normed, gammas, group)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d_head)
         if cache is not None:
             k, v = cache.extend(k, v)
         # a single token comes last and sees all keys; without a cache it has only itself to see
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=config.n_kv_head != config.n_head)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+        return F.linear(y.transpose(1, 2).reshape(B, T, -1), W_o)
 
 
 class FFN(nn.Module):
-    """SwiGLU (arXiv 2002.05202): down(silu(gate) ⊙ up)."""
+    """SwiGLU (arXiv 2002.05202): down(silu(gate) ⊙ up). stack, route: as in Branches."""
+
+    written, kept = False, None  # as in Attention
 
     def __init__(self, config, ffn_dim, stack=0):
         super().__init__()
         self.ffn_dim = ffn_dim
-        self.gate_up = branches(config, {"gate": ffn_dim, "up": ffn_dim}, placement=config.ffn_placement, align=ALIGN,
-                                       stack=stack, own_v=config.expert_scales == "own")
-        self.down = Linear(ffn_dim, config.n_embd, ALIGN, stack)
+        self.gate_up = branches(config, {"gate": ffn_dim, "up": ffn_dim}, placement=config.ffn_placement, stack=stack,
+                                own_v=config.expert_scales == "own")
+        shape = (config.n_embd, ffn_dim)
+        self.down = nn.Parameter(torch.empty(stack, *shape) if stack else torch.empty(shape))
+
+    def weights(self, dtype):
+        """What its two GEMMs multiply by: gate and up one below the other, and down; the hidden width is padded."""
+        down = scaled_cast([self.down], [None], [None], dtype, align_columns=ALIGN)
+        return self.gate_up.folded_weight(dtype, ALIGN), down
 
     def forward(self, h, route=None):
-        y = self.gate_up.linear(h, route)  # (..., 2 × ffn_dim), each filled up
-        y = swiglu(y, self.ffn_dim, self.gate_up.eps, self.gate_up.normed, self.gate_up.gammas(route))
-        return self.down(y, route)
+        linear, branches = F.linear if route is None else route.linear, self.gate_up
+        if self.written:
+            gate, up = branches(h, route)
+            return linear(F.silu(gate) * up, self.down.to(h.dtype))
+        W_gate_up, W_down = self.kept or self.weights(h.dtype)
+        gammas = [branches.after_norm(c) for c in ("gate", "up")]
+        if route is not None:
+            gammas = [gamma if gamma is None else route.rows(gamma) for gamma in gammas]
+        y = swiglu(linear(h, W_gate_up), self.ffn_dim, branches.eps, bool(branches.normed), gammas)
+        return linear(y, W_down)
 
 
 class Block(nn.Module):
@@ -172,6 +178,8 @@ class GPT(nn.Module):
     draw nothing: the same seed gives the same matrices under every strategy.
     """
 
+    written, kept = False, None  # as in Attention
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -202,8 +210,8 @@ class GPT(nn.Module):
             if isinstance(module, ScaleVector):
                 for name, p in module.named_parameters():
                     roles[p] = (module.role, module.decays(name))
-            elif isinstance(module, Linear):
-                roles[module.weight] = ("matrix", True)
+            elif isinstance(module, (Attention, FFN)):
+                roles[module.o if isinstance(module, Attention) else module.down] = ("matrix", True)
             elif isinstance(module, Branches):
                 for p in module.weight.values():
                     roles[p] = (special.get(module, "matrix"), True)
@@ -240,7 +248,12 @@ class GPT(nn.Module):
             x, y = block(x, y, self.cos[start:end], self.sin[start:end], caches[i] if caches else None)
         if caches:
             x, y = x[:, -1:], y[:, -1:]
-        (logits,) = self.lm_head(rms_norm(y, self.config.norm_eps, residual=x)[0])
+        h, _ = rms_norm(y, self.config.norm_eps, residual=x)
+        if self.written:
+            (logits,) = self.lm_head(h)
+        else:
+            (W,) = self.kept or self.weights(h.dtype)
+            logits = F.linear(h, W)
         if targets is None:
             return logits, None
         # Compiled, `wide` never exists: the sums read the bf16 logits. So a loss in chunks would save little.
@@ -253,18 +266,21 @@ class GPT(nn.Module):
                 ffn.loss = None
         return logits, loss
 
+    def weights(self, dtype):
+        """What its own GEMM multiplies by: the LM head."""
+        return (self.lm_head.folded_weight(dtype),)
+
     @contextmanager
     def weights_kept(self):
-        """While this holds, no parameter may change: every linear map makes its weight once, not at each forward."""
-        routers = {ffn.router for ffn in mixtures(self)}  # they compute in fp32, and cost little
-        maps = [m for m in self.modules() if isinstance(m, (Linear, Branches)) and m not in routers]
+        """While this holds, no parameter may change: the weights are made once, not at each forward."""
+        layers = [m for m in self.modules() if isinstance(m, (GPT, Attention, FFN))]
         try:
-            for module in maps:
-                module.kept = module.gemm_weight(getattr(torch, self.config.dtype)).detach()
+            for layer in layers:
+                layer.kept = [w.detach() for w in layer.weights(getattr(torch, self.config.dtype))]
             yield
         finally:
-            for module in maps:
-                module.kept = None
+            for layer in layers:
+                layer.kept = None
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):

@@ -137,7 +137,8 @@ class MoE(nn.Module):
         config, (B, T, _) = self.config, h.shape
         E, K = config.n_experts, config.experts_per_token
         x = h.flatten(0, 1)  # (N, n_embd)
-        (logits,) = self.router(x.to(torch.promote_types(x.dtype, torch.float32)))  # (N, E)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        logits = F.linear(wide, self.router.folded_weight(wide.dtype))  # (N, E)
         scores = logits.sigmoid() if config.router == "sigmoid" else logits.softmax(-1)
         chosen = (scores.detach() + self.bias).topk(K).indices  # (N, K), the best first
         if config.router == "softmax":
@@ -165,7 +166,7 @@ class MoE(nn.Module):
 
     def stacked(self):
         """The parameters of which each expert has a share of its own."""
-        yield from (*self.experts.gate_up.weight.values(), self.experts.down.weight)
+        yield from (*self.experts.gate_up.weight.values(), self.experts.down)
         for module in self.experts.modules():
             if isinstance(module, ScaleVector) and module.stack:
                 yield from module.parameters()

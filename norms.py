@@ -1,18 +1,18 @@
 """
 Scale vectors: the γ of RMSNorm, in every form, place and role.
 
-After arXiv 2605.26895. A *branch* is a linear map fed by a Pre-Norm. With N(x) = x / sqrt(mean(x²) + ε):
+After arXiv 2605.26895. A *branch* is a linear map fed by a Pre-Norm: q, k, v, gate, up. With N(x) = x / sqrt(mean(x²) + ε):
 
-    baseline             W_c (γ ⊙ N(x))             one γ for all branches of the norm
-    HG  heterogeneous    W_c (v_c ⊙ N(x))           a γ for each
-    DP  dual             u_c ⊙ W_c (v_c ⊙ N(x))     one on the output side too
-    DNP dual_norm        u_c ⊙ N(W_c (v_c ⊙ N(x)))  with a norm before it
+    input      baseline  W_c (γ ⊙ N(x))             one γ for all branches of the norm
+               HG        W_c (v_c ⊙ N(x))           heterogeneous: a γ for each
+    dual       DP        u_c ⊙ W_c (v_c ⊙ N(x))     one on the output side too
+    dual_norm  DNP       u_c ⊙ N(W_c (v_c ⊙ N(x)))  after a norm
     norm                 N(W_c (v_c ⊙ N(x)))        the norm without the vector: a control of ours
 
-HG is about who shares v, the others are about what stands behind W, so the two combine.
+HG is about who shares v, the others are about what comes after W, so the two combine. `Branches.forward` is this table
+as code, on activations. The methods after it, *the fold*, are how a model runs: the same function, at a lower price.
 
-All but DNP's u are one view: W_c ↦ diag(u_c) W_c diag(v_c). So they need no work on activations. They are folded
-into the weight in the pass that casts it to the compute dtype, and all branches run as one GEMM on N(x).
+Knows kernels.py alone. Both files can be lifted into another model.
 """
 
 import math
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 
 from kernels import rms_norm, scaled_cast
 
-FORMS = ("direct", "or", "er", "product", "zero_centred")
-PLACEMENTS = ("input", "dual", "dual_norm", "norm")
+# What the parameters of each form begin at, which makes every γ 1. β is one number for the whole vector.
+START = {"direct": {"gamma": 1.0}, "zero_centred": {"w": 0.0}, "product": {"beta": 1.0, "alpha": 1.0},
+         "or": {"beta": 1.0, "alpha": 1.0}, "er": {"beta": 0.0, "alpha": 0.0}}
 
 
 class ScaleVector(nn.Module):
@@ -47,23 +48,19 @@ class ScaleVector(nn.Module):
 
     def __init__(self, n, role, form="direct", stack=0):
         super().__init__()
-        if role not in ("input", "output") or form not in FORMS:
-            raise ValueError(f"no scale vector has role {role!r} and form {form!r}; forms: {', '.join(FORMS)}")
+        if role not in ("input", "output") or form not in START:
+            raise ValueError(f"no scale vector has role {role!r} and form {form!r}; forms: {', '.join(START)}")
         self.n, self.role, self.form, self.stack = n, role, form, stack
-        shape = (stack, n) if stack else (n,)
-        if form == "direct":
-            self.gamma = nn.Parameter(torch.empty(shape))
-        elif form == "zero_centred":
-            self.w = nn.Parameter(torch.empty(shape))
-        else:
-            self.beta = nn.Parameter(torch.empty((stack, 1) if stack else ()))
-            self.alpha = nn.Parameter(torch.empty(shape))
+        for name in START[form]:
+            shape = (1 if name == "beta" else n,)
+            shape = (stack, *shape) if stack else () if name == "beta" else shape
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.reset()
 
     @torch.no_grad()
     def reset(self):
-        for name, p in self.named_parameters():
-            p.fill_(0.0 if name == "w" or (name == "beta" and self.form == "er") else 1.0)
+        for name, value in START[self.form].items():
+            getattr(self, name).fill_(value)
 
     @torch.no_grad()
     def set(self, gamma):
@@ -102,87 +99,75 @@ class ScaleVector(nn.Module):
 
 class Branches(nn.Module):
     """
-    The linear maps behind one Pre-Norm, with their scale vectors. Takes N(x), returns a tuple of outputs.
+    The linear maps after one Pre-Norm, with their scale vectors. Takes N(x), returns a tuple of outputs.
 
     n_in: width of N(x). n_out: name -> width of each branch, in order.
-    placement: 'input', 'dual', 'dual_norm' or 'norm' (this file's head). heterogeneous: v_c for each branch, else
-    one v for all. form: of every scale vector. scale_vectors: False fixes all of them to 1. role: of v.
-    group: channels that dual_norm's and norm's N covers, such as a head's; by default the branch's whole width.
-    align: every branch's outputs begin at a multiple of it in the one GEMM's rows, with zeros before: bf16 GEMMs lose
-    much of their speed where rows do not begin at multiples of 16 bytes.
+    placement: 'input', 'dual', 'dual_norm' or 'norm' (this file's head), or a dict with one for each branch.
+    heterogeneous: v_c for each branch, else one v for all. form: of every scale vector. scale_vectors: False fixes all
+    of them to 1. role: of v.
+    group: channels that the N of dual_norm and norm covers, such as a head's; by default the branch's whole width.
     stack: 0, or a number of experts. Each branch is then a stack of matrices, (stack, n_out, n_in), with a u_c for each
     expert; v_c is shared by the experts, or stacked too where heterogeneous and own_v are set.
 
     Each branch keeps a weight of its own, (n_out, n_in), since initialisation and Muon act on matrices.
-    `folded` says which of two equal ways computes the outputs. True scales the weights and is how it runs; False
-    scales the activations, as the paper writes it, and is there to be compared with.
     """
 
-    folded = True
-    kept = None  # gemm_weight's result, while someone promises that no parameter changes (GPT.weights_kept)
-
     def __init__(self, n_in, n_out, placement="input", heterogeneous=False, form="direct", scale_vectors=True,
-                 role="input", group=None, eps=1e-6, align=1, stack=0, own_v=False):
+                 role="input", group=None, eps=1e-6, stack=0, own_v=False):
         super().__init__()
-        if placement not in PLACEMENTS:
-            raise ValueError(f"no placement {placement!r}; there are: {', '.join(PLACEMENTS)}")
-        self.n_out, self.placement, self.group, self.eps, self.align = dict(n_out), placement, group, eps, align
-        self.normed = placement in ("dual_norm", "norm")
+        self.n_out, self.group, self.eps = dict(n_out), group, eps
+        self.placement = dict(placement) if isinstance(placement, dict) else dict.fromkeys(n_out, placement)
+        if unknown := set(self.placement.values()) - {"input", "dual", "dual_norm", "norm"}:
+            raise ValueError(f"no placement {unknown.pop()!r}; there are: input, dual, dual_norm, norm")
+        self.normed = [c for c, p in self.placement.items() if p in ("dual_norm", "norm")]
         lead = (stack,) if stack else ()
         self.weight = nn.ParameterDict({c: nn.Parameter(torch.empty(*lead, n, n_in)) for c, n in n_out.items()})
         self.u, self.v = nn.ModuleDict(), nn.ModuleDict()
         if scale_vectors:
             for c in n_out if heterogeneous else ("shared",):
                 self.v[c] = ScaleVector(n_in, role, form, stack if heterogeneous and own_v else 0)
-        if scale_vectors and placement in ("dual", "dual_norm"):
             for c, n in n_out.items():
-                self.u[c] = ScaleVector(n, "output", form, stack)
+                if self.placement[c] in ("dual", "dual_norm"):
+                    self.u[c] = ScaleVector(n, "output", form, stack)
 
     def vectors(self):
-        """The effective (u_c, v_c) of each branch, None where there is none."""
+        """(c, u_c, v_c) of each branch: its name and its effective vectors, None where there is none."""
         shared = self.v["shared"]() if "shared" in self.v else None
         for c in self.n_out:
-            u = self.u[c]() if c in self.u else None
-            v = self.v[c]() if c in self.v else shared
-            yield c, u, v
-
-    def gemm_weight(self, dtype):
-        """All branches' weights with their scale vectors in them, one below the other, (..., sum of n_out, n_in)."""
-        _, us, vs = zip(*self.vectors())
-        if self.placement != "dual":
-            us = [None] * len(us)
-        return scaled_cast([self.weight[c] for c in self.n_out], us, vs, dtype, self.align)
-
-    def linear(self, h, route=None):
-        """All that comes before DNP's norm, the branches beside each other: (..., sum of n_out, aligned)."""
-        linear = F.linear if route is None else route.linear
-        if self.folded:
-            return linear(h, self.gemm_weight(h.dtype) if self.kept is None else self.kept)
-        y = []
-        for c, u, v in self.vectors():
-            y_c = linear(h if v is None else (h * self.rows(v, route)).to(h.dtype), self.weight[c].to(h.dtype))
-            if self.placement == "dual" and u is not None:
-                y_c = (y_c * self.rows(u, route)).to(h.dtype)
-            y.append(F.pad(y_c, (0, -y_c.size(-1) % self.align)))
-        return torch.cat(y, dim=-1)
-
-    def gammas(self, route=None):
-        """What DNP scales by behind its norm, for each branch, or None."""
-        return [self.rows(self.u[c](), route) if c in self.u and self.normed else None for c in self.n_out]
-
-    @staticmethod
-    def rows(gamma, route):
-        return gamma if route is None else route.rows(gamma)
+            yield c, self.u[c]() if c in self.u else None, self.v[c]() if c in self.v else shared
 
     def forward(self, h, route=None):
         """
-        h: (..., n_in), the output of N. route: for a stack, who knows which expert each row of h is for. It has
-        linear(h, weight), which takes a weight (stack, n, n_in), and rows(γ), each row's own of (stack, n).
+        h: (..., n_in), which is N(x). Returns a tuple, each branch's (..., n_out) in h's dtype.
 
-        A model that has a kernel for what follows takes linear and gammas instead, and norms there.
+        route: for a stack, who knows which expert each row of h is for. It has linear(h, weight), which takes a weight
+        (stack, n, n_in), and rows(γ), each row's own of (stack, n).
         """
-        filled = [n + -n % self.align for n in self.n_out.values()]
-        y = [y_c[..., :n] for y_c, n in zip(self.linear(h, route).split(filled, dim=-1), self.n_out.values())]
-        if self.normed:
-            y = [rms_norm(y_c, self.eps, gamma, group=self.group) for y_c, gamma in zip(y, self.gammas(route))]
-        return tuple(y)
+        linear, rows = (F.linear, lambda gamma: gamma) if route is None else (route.linear, route.rows)
+        outputs = []
+        for c, u, v in self.vectors():
+            y = h if v is None else (rows(v) * h).to(h.dtype)
+            y = linear(y, self.weight[c].to(h.dtype))
+            if c in self.normed:
+                y = rms_norm(y, self.eps, group=self.group)
+            outputs.append(y if u is None else (rows(u) * y).to(h.dtype))
+        return tuple(outputs)
+
+    # The fold. u ⊙ W (v ⊙ h) is (diag(u) W diag(v)) h: a rank-one factor on the weight, which mixed precision casts for
+    # every step anyway. So all v and DP's u ride along in that pass, in fp32 and rounded once, and all branches are one
+    # GEMM on h. What is left for activations is DNP's norm and, after it, u.
+
+    def folded_weight(self, dtype, align=1):
+        """
+        W_c diag(v_c), with DP diag(u_c) W_c diag(v_c), of all branches one below the other: (..., sum of n_out, n_in).
+
+        align: every branch begins at a row that is a multiple of it, with rows of zeros before: bf16 GEMMs lose much of
+        their speed where rows do not begin at multiples of 16 bytes.
+        """
+        names, us, vs = zip(*self.vectors())
+        us = [None if c in self.normed else u for c, u in zip(names, us)]
+        return scaled_cast([self.weight[c] for c in names], us, vs, dtype, align)
+
+    def after_norm(self, c):
+        """DNP's u_c, which stands after a norm, where no row of W_c can take it; else None."""
+        return self.u[c]() if c in self.normed and c in self.u else None

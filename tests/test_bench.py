@@ -256,7 +256,7 @@ def test_arms_share_their_matrices_and_moments_and_stand_still(toy):
     a = bench.arguments(["overhead", f"--sizes={toy}", "--device=cpu", "--block=1"])
     shared = {}
     base, dual = (bench.make_arm(toy, spec, a, shared) for spec in ("baseline", "unified:unfolded"))
-    p, q = base.model.blocks[0].attn.o.weight, dual.model.blocks[0].attn.o.weight
+    p, q = base.model.blocks[0].attn.o, dual.model.blocks[0].attn.o
     assert p is not q and p.data_ptr() == q.data_ptr()
     moments = [arm.optimizers[0].state[w]["exp_avg"] for arm, w in ((base, p), (dual, q))]
     assert moments[0] is moments[1] and moments[0].abs().sum() > 0

@@ -225,14 +225,14 @@ def their_pairs(model, theirs):
         p, moe = f"model.layers.{i}.", block.ffn
         yield p + "attn_norm", block.attn.qkv.v["shared"].gamma.grad, grads.pop(p + "input_layernorm.weight")
         yield p + "ffn_norm", moe.router.v["shared"].gamma.grad, grads.pop(p + "post_attention_layernorm.weight")
-        yield p + "o", block.attn.o.weight.grad, grads.pop(p + "self_attn.o_proj.weight")
+        yield p + "o", block.attn.o.grad, grads.pop(p + "self_attn.o_proj.weight")
         for c in "qkv":
             yield p + c, block.attn.qkv.weight[c].grad, grads.pop(f"{p}self_attn.{c}_proj.weight")
         yield p + "router", moe.router.weight["router"].grad, grads.pop(p + "mlp.gate.weight")
         gate, up = grads.pop(p + "mlp.experts.gate_up_proj").chunk(2, dim=1)
         yield p + "gate", moe.experts.gate_up.weight["gate"].grad, gate
         yield p + "up", moe.experts.gate_up.weight["up"].grad, up
-        yield p + "down", moe.experts.down.weight.grad, grads.pop(p + "mlp.experts.down_proj")
+        yield p + "down", moe.experts.down.grad, grads.pop(p + "mlp.experts.down_proj")
     assert not grads
 
 

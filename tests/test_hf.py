@@ -68,8 +68,8 @@ def their_names(model):
         p = f"model.layers.{i}."
         yield block.attn.qkv.v["shared"].gamma, p + "input_layernorm.weight"
         yield block.ffn.gate_up.v["shared"].gamma, p + "post_attention_layernorm.weight"
-        yield block.attn.o.weight, p + "self_attn.o_proj.weight"
-        yield block.ffn.down.weight, p + "mlp.down_proj.weight"
+        yield block.attn.o, p + "self_attn.o_proj.weight"
+        yield block.ffn.down, p + "mlp.down_proj.weight"
         for c in "qkv":
             yield block.attn.qkv.weight[c], f"{p}self_attn.{c}_proj.weight"
         for c in ("gate", "up"):

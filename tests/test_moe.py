@@ -89,7 +89,7 @@ def naive(self, h):
                 y = y / (y.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
             branch[name] = y * of(vector(ffn.gate_up.u, name), e)
         hidden = branch["gate"].sigmoid() * branch["gate"] * branch["up"]
-        out = out + weights[:, e:e + 1] * (hidden @ ffn.down.weight[e].T)
+        out = out + weights[:, e:e + 1] * (hidden @ ffn.down[e].T)
     if self.shared is not None:
         out = out + self.shared(x)
 
@@ -122,7 +122,7 @@ def test_experts_with_all_tokens_and_with_none(bias, monkeypatch):
     load, _ = take_router_statistics(model)
     if bias[0]:
         assert (load[:, 0] == 36).all() and (load[:, 4] == 0).all()
-        assert all((moe.experts.down.weight.grad[4] == 0).all() for moe in mixtures(model))
+        assert all((moe.experts.down.grad[4] == 0).all() for moe in mixtures(model))
     monkeypatch.setattr(MoE, "forward", naive)
     assert_close(ours, loss_and_gradients(model), 1e-10)
 
@@ -215,13 +215,13 @@ def test_mixtral_has_the_same_loss():
     for i, block in enumerate(model.blocks):
         p, experts = f"model.layers.{i}.", block.ffn.experts
         state.update({f"{p}self_attn.{c}_proj.weight": block.attn.qkv.weight[c] for c in "qkv"})
-        state.update({f"{p}self_attn.o_proj.weight": block.attn.o.weight,
+        state.update({f"{p}self_attn.o_proj.weight": block.attn.o,
                       f"{p}input_layernorm.weight": block.attn.qkv.v["shared"](),
                       f"{p}post_attention_layernorm.weight": block.ffn.router.v["shared"]()})
         state[f"{p}mlp.gate.weight"] = block.ffn.router.weight["router"]
         gate, up = experts.gate_up.weight["gate"], experts.gate_up.weight["up"]
         state[f"{p}mlp.experts.gate_up_proj"] = torch.cat((gate, up), dim=1)
-        state[f"{p}mlp.experts.down_proj"] = experts.down.weight
+        state[f"{p}mlp.experts.down_proj"] = experts.down
     theirs.load_state_dict({name: x.detach() for name, x in state.items()})
     x, y = tokens()
     logits = theirs(x).logits
@@ -252,14 +252,13 @@ def test_a_stack_is_many_scale_vectors():
 
 @pytest.mark.parametrize("form,placement,sharing", list(itertools.product(FORMS, PLACEMENTS, SHARING)))
 @pytest.mark.parametrize("arch", ["llama", "gemma"])
-def test_folded_and_unfolded_agree(arch, form, placement, sharing):
+def test_written_and_folded_agree(arch, form, placement, sharing):
     model = loud(tiny(arch=arch, reparam=form, placement=placement, n_shared_experts=1, expert_dim=8, dtype="float64",
                       **SHARING[sharing]))
     results = []
-    for folded in (True, False):
+    for written in (False, True):
         for module in model.modules():
-            if isinstance(module, Branches):
-                module.folded = folded
+            module.written = written
         results.append(loss_and_gradients(model))
     assert_close(*results, 1e-10)
 
@@ -320,11 +319,11 @@ def test_muon_takes_stacks_and_leaves_the_router_to_adamw():
     names = {p: n for n, p in model.named_parameters()}
     mine = {names[p] for g in muon.param_groups for p in g["params"]}
     assert {n for n in mine if ".ffn." in n} == {f"blocks.{i}.ffn.experts.{w}" for i in range(2) for w in (
-        "gate_up.weight.gate", "gate_up.weight.up", "down.weight")}
+        "gate_up.weight.gate", "gate_up.weight.up", "down")}
     assert any("router.weight" in names[p] for g in adamw.param_groups for p in g["params"])
     set_lr([adamw, muon], 1e-2)
     loss_and_gradients(model)
-    name = "blocks.0.ffn.experts.down.weight"
+    name = "blocks.0.ffn.experts.down"
     before = dict(model.named_parameters())[name].detach().clone()
     muon.step()
     update = (dict(model.named_parameters())[name] - before * (1 - 1e-3)) / (1e-2 * 0.2 * 16 ** 0.5)
