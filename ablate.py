@@ -35,7 +35,15 @@ from typing import get_type_hints
 import torch
 from tqdm import tqdm
 
-from configurator import ConfigError, Count, check, configure, help_text, read_flag, refuse
+from configurator import (
+    ConfigError,
+    Count,
+    check,
+    configure,
+    help_text,
+    read_flag,
+    refuse,
+)
 from data.tokens import DataError, Tokens, data_folder
 from model import GPT
 from runs import write_whole

@@ -42,15 +42,14 @@ from tqdm import tqdm
 import kernels
 from ablate import mean_and_half_width
 from configurator import ConfigError, configure, refuse
+from devices import PEAK_FLOPS, device_name, pick_device
 from export import hf_config, hf_tensors, hf_type
 from folding import fold
 from model import ALIGN, GPT, rope_tables
 from norms import Branches, ScaleVector
 from optim import make_optimizers, param_groups
-from devices import device_name
 from runs import git_commit, load_checkpoint, save_checkpoint, versions
 from settings import Settings, gpt_config
-from devices import PEAK_FLOPS, pick_device
 
 HERE = Path(__file__).resolve().parent
 # of each verb, where none are named

@@ -575,8 +575,8 @@ def _qk_norm_rope_kernel(y, cos, sin, gamma, q, k, v, T, y_batch, eps, Y_ROW: tl
                          N_KV: tl.constexpr, NORMED: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
                          HALF: tl.constexpr):
     """
-    q, k and v from a token's row of heads: γ ⊙ N(head) for the first NORMED of them, RoPE for those of q and k. gamma,
-    (NORMED, D), may be None.
+    q, k and v from a token's row of heads: N(head) for the first NORMED of them, γ and RoPE for those of q and k. gamma,
+    (N_Q + N_KV, D), may be None.
 
     Bytes for a bf16 number: 2 read and 2 written. Norm, γ and RoPE one after the other would move 12. v is copied even
     where it has neither, so that y can be freed: a view would keep all three parts of it until the backward pass.
@@ -592,11 +592,12 @@ def _qk_norm_rope_kernel(y, cos, sin, gamma, q, k, v, T, y_batch, eps, Y_ROW: tl
         r = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
         r = tl.where(head < NORMED, r, 1.0)
         a, b = a * r, b * r
-        if gamma is not None:
-            gamma_a, gamma_b = _load_heads(gamma, 0, head, NORMED, D, HALF)
-            a, b = tl.where(head < NORMED, a * gamma_a, a), tl.where(head < NORMED, b * gamma_b, b)
+    turned = head < N_Q + N_KV
+    if gamma is not None:
+        gamma_a, gamma_b = _load_heads(gamma, 0, head, N_Q + N_KV, D, HALF)
+        a, b = tl.where(turned, a * gamma_a, a), tl.where(turned, b * gamma_b, b)
     cos_, sin_ = _load_angles(cos, sin, t, D, HALF)
-    turned = head < N_Q + N_KV  # and not cos = 1, sin = 0 for v: an infinite channel would make its partner 0 · ∞
+    # not cos = 1, sin = 0 for v: an infinite channel would make its partner 0 · ∞
     a, b = tl.where(turned, a * cos_ - b * sin_, a), tl.where(turned, b * cos_ + a * sin_, b)
     token = batch * T + t
     _store_heads(q, token, head, a, b, N_Q, D, HALF)
@@ -609,7 +610,7 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
                                   Y_ROW: tl.constexpr, N_Q: tl.constexpr, N_KV: tl.constexpr, NORMED: tl.constexpr,
                                   D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     """
-    dy from dq, dk and dv, and for each program along grid axis 0 a row of dγ, (NORMED, D), the sum over its tokens.
+    dy from dq, dk and dv, and for each program along grid axis 0 a row of dγ, (N_Q + N_KV, D), the sum over its tokens.
 
     Bytes for a bf16 number: 4 read and 2 written, or 2 and 2 where there is no norm, and so no need of y. dq, dk and
     dv are read where they are: views of one buffer would have autograd join their gradients, a pass more.
@@ -620,7 +621,7 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     turned, normed = head < N_Q + N_KV, head < NORMED
     if gamma is not None:
-        gamma_a, gamma_b = _load_heads(gamma, 0, head, NORMED, D, HALF)
+        gamma_a, gamma_b = _load_heads(gamma, 0, head, N_Q + N_KV, D, HALF)
         dgamma_a = tl.zeros((HEADS, HALF), tl.float32)
         dgamma_b = tl.zeros((HEADS, HALF), tl.float32)
     for i in range(tl.program_id(0), tokens, tl.num_programs(0)):
@@ -640,12 +641,12 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
             if gamma is not None:
                 dgamma_a += a * n_a
                 dgamma_b += b * n_b
-                dn_a, dn_b = a * gamma_a, b * gamma_b
+                dn_a, dn_b = tl.where(turned, a * gamma_a, a), tl.where(turned, b * gamma_b, b)
             c = ((tl.sum(n_a * dn_a, axis=1) + tl.sum(n_b * dn_b, axis=1)) / D)[:, None]
             a, b = tl.where(normed, r * (dn_a - c * n_a), a), tl.where(normed, r * (dn_b - c * n_b), b)
         _store_heads(dy, token, head, a, b, N_Q + 2 * N_KV, D, HALF)
     if gamma is not None:
-        _store_heads(dgamma, tl.program_id(0), head, dgamma_a, dgamma_b, NORMED, D, HALF)
+        _store_heads(dgamma, tl.program_id(0), head, dgamma_a, dgamma_b, N_Q + N_KV, D, HALF)
 
 
 def _head_tile(cos, n_head, n_kv_head):
@@ -714,25 +715,27 @@ def _qk_norm_rope_gradients(ctx, dq, dk, dv):
 _qk_norm_rope.register_autograd(_qk_norm_rope_gradients, setup_context=_qk_norm_rope_context)
 
 
-def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(None, None, None), group=None):
+def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed=(), gammas=(None, None), group=None):
     """
     q, k and v for attention, from a GEMM's rows that hold all three: a norm with its γ, then RoPE on q and k.
 
     y: (B, T, (n_head + 2 n_kv_head) d_head), q beside k beside v. cos, sin: (T, d_head/2).
-    normed: which of 'q', 'k', 'v' get a norm, as one word. gammas: for each, None, (d_head,) or one number for every
-    channel, in fp32. group: channels that a norm's mean is over; None is the whole width of q, k or v.
+    normed: which of 'q', 'k', 'v' get a norm. gammas: of q's and k's, each None, (d_head,) or one number for every
+    channel, in fp32; what scales v after its norm can go into the matrix after attention. group: channels that a norm's
+    mean is over; None is the whole width of q, k or v.
     Returns q (B, T, n_head, d_head), k and v (B, T, n_kv_head, d_head).
     """
-    d = 2 * cos.size(-1)
+    d, normed = 2 * cos.size(-1), "".join(normed)
     if _use_triton(y) and normed in ("", "qk", "qkv") and (not normed or group == d):
-        # γ as one number for each channel of each head that has a norm. Where heads share one, autograd adds them up.
-        sizes, gamma = {"q": n_head, "k": n_kv_head, "v": n_kv_head}, None
-        if any(g is not None for _, g in zip(normed, gammas)):
-            gamma = torch.cat([torch.ones((sizes[c], d), device=y.device) if g is None
-                               else g.reshape(-1, d).expand(sizes[c], d) for c, g in zip(normed, gammas)])
-        return _qk_norm_rope(y, cos, sin, gamma, n_head, n_kv_head, sum(sizes[c] for c in normed), eps)
+        # γ as one number for each channel of each head that has one. Where heads share it, autograd adds them up.
+        gamma = None
+        if normed and any(g is not None for g in gammas):
+            gamma = torch.cat([torch.ones((n, d), device=y.device) if g is None else g.reshape(-1, d).expand(n, d)
+                               for n, g in zip((n_head, n_kv_head), gammas)])
+        heads = n_head + n_kv_head * (len(normed) - 1) if normed else 0
+        return _qk_norm_rope(y, cos, sin, gamma, n_head, n_kv_head, heads, eps)
     heads = []
-    for name, x, gamma in zip("qkv", y.split([n_head * d, n_kv_head * d, n_kv_head * d], dim=-1), gammas):
+    for name, x, gamma in zip("qkv", y.split([n_head * d, n_kv_head * d, n_kv_head * d], dim=-1), (*gammas, None)):
         if name in normed:
             x = rms_norm(x, eps, gamma, group=group)
         x = x.unflatten(-1, (-1, d))
@@ -741,10 +744,10 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed="", gammas=(Non
 
 
 @jit
-def _swiglu_kernel(y, gamma_gate, gamma_up, h, rows, eps, Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+def _swiglu_kernel(y, gamma, h, rows, eps, Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
                    NORMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
-    h = silu(a) ⊙ b, where (a, b) = (gate, up), or (γ_gate ⊙ N(gate), γ_up ⊙ N(up)) where NORMED. Each γ may be None.
+    h = silu(a) ⊙ b, where (a, b) = (gate, up), or (γ ⊙ N(gate), N(up)) where NORMED. γ may be None.
 
     Bytes for a bf16 number of h: 4 read and 2 written; the norms add none to them. One after the other, two norms,
     SiLU and product would move 18.
@@ -760,33 +763,29 @@ def _swiglu_kernel(y, gamma_gate, gamma_up, h, rows, eps, Y_STRIDE: tl.constexpr
     if NORMED:
         a, _ = _norm(a, eps, N)
         b, _ = _norm(b, eps, N)
-        if gamma_gate is not None:
-            a *= tl.load(gamma_gate + column, mask=column < M, other=0.0)
-        if gamma_up is not None:
-            b *= tl.load(gamma_up + column, mask=column < M, other=0.0)
+        if gamma is not None:
+            a *= tl.load(gamma + column, mask=column < M, other=0.0)
     h_ = tl.where(used, a / (1.0 + tl.exp(-a)) * b, 0.0)  # again, since 0 · r is NaN in a row of NaN
     tl.store(h + row * M + column, h_.to(h.dtype.element_ty), mask=here)
 
 
 @jit
-def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma_up, rows, steps, eps,
-                            DH_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-                            NORMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _swiglu_backward_kernel(dh, y, gamma, dy, dgamma, rows, steps, eps, DH_STRIDE: tl.constexpr,
+                            Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, NORMED: tl.constexpr,
+                            ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
-    dy, the gradients of gate and up in y's layout, and for each program a row of dγ_gate and dγ_up, from dh and y.
+    dy, the gradients of gate and up in y's layout, and for each program a row of dγ, from dh and y.
 
     Bytes for a bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: to keep N(gate)
     and N(up) would cost the forward pass 4 more, and memory.
-    With a γ, programs are few and long as in _rms_norm_backward_kernel. With three inputs and two sums for each
-    column, registers are scarce. So γ is loaded again for each row, from the L1 cache, where it stays; and the launch
-    asks for at most 128 registers a thread, of which a processor's 65,536 are enough for the 16 warps that _programs
-    counts on. Left alone, the compiler takes 170, and a quarter of the programs would wait until the others end.
+    With γ, programs are few and long as in _rms_norm_backward_kernel. With three inputs and a sum for each column,
+    registers are scarce. So γ is loaded again for each row, from the L1 cache, where it stays; and the launch asks for
+    at most 128 registers a thread, of which a processor's 65,536 are enough for the 16 warps that _programs counts on.
+    Left alone, the compiler takes more, and a part of the programs would wait until the others end.
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    if gamma_gate is not None:
-        dgamma_gate_ = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if gamma_up is not None:
-        dgamma_up_ = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if gamma is not None:
+        dgamma_ = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = tl.program_id(0).to(tl.int64)
     for i in range(steps):
         row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -796,35 +795,27 @@ def _swiglu_backward_kernel(dh, y, gamma_gate, gamma_up, dy, dgamma_gate, dgamma
         dh_ = tl.where(used, tl.load(dh + row * DH_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
         if NORMED:
             gate, r_gate = _norm(a, eps, N)
-            up, r_up = _norm(b, eps, N)
-            a, b = gate, up
-            if gamma_gate is not None:
-                gamma_gate_ = tl.load(gamma_gate + column, mask=column < M, other=0.0)
-                a = gate * gamma_gate_
-            if gamma_up is not None:
-                gamma_up_ = tl.load(gamma_up + column, mask=column < M, other=0.0)
-                b = up * gamma_up_
+            b, r_up = _norm(b, eps, N)
+            a = gate
+            if gamma is not None:
+                gamma_ = tl.load(gamma + column, mask=column < M, other=0.0)
+                a = gate * gamma_
         s = 1.0 / (1.0 + tl.exp(-a))
         da = dh_ * b * s * (1.0 + a * (1.0 - s))
         db = dh_ * a * s
         if NORMED:
-            if gamma_gate is not None:
-                dgamma_gate_ += tl.where(used, da * gate, 0.0)
-                da *= gamma_gate_
-            if gamma_up is not None:
-                dgamma_up_ += tl.where(used, db * up, 0.0)
-                db *= gamma_up_
-            da, db = _norm_backward(da, gate, r_gate, N), _norm_backward(db, up, r_up, N)
+            if gamma is not None:
+                dgamma_ += tl.where(used, da * gate, 0.0)
+                da *= gamma_
+            da, db = _norm_backward(da, gate, r_gate, N), _norm_backward(db, b, r_up, N)
         da, db = tl.where(used, da, 0.0), tl.where(used, db, 0.0)
         tl.store(dy + row * (2 * M) + column, da.to(dy.dtype.element_ty), mask=here)
         tl.store(dy + row * (2 * M) + M + column, db.to(dy.dtype.element_ty), mask=here)
-    if gamma_gate is not None:
-        tl.store(dgamma_gate + tl.program_id(0) * M + column, tl.sum(dgamma_gate_, axis=0)[None, :], mask=column < M)
-    if gamma_up is not None:
-        tl.store(dgamma_up + tl.program_id(0) * M + column, tl.sum(dgamma_up_, axis=0)[None, :], mask=column < M)
+    if gamma is not None:
+        tl.store(dgamma + tl.program_id(0) * M + column, tl.sum(dgamma_, axis=0)[None, :], mask=column < M)
 
 
-def _filled(gamma, m):
+def _padded(gamma, m):
     """γ with zeros up to m, contiguous; None stays."""
     return gamma if gamma is None else F.pad(gamma, (0, m - gamma.size(0))).contiguous()
 
@@ -836,76 +827,71 @@ def _swiglu_tile(m, normed):
 
 
 @torch.library.custom_op("nanoscale::swiglu", mutates_args=())
-def _swiglu(y: Tensor, n: int, eps: float, normed: bool, gamma_gate: Optional[Tensor],
-            gamma_up: Optional[Tensor]) -> Tensor:
+def _swiglu(y: Tensor, n: int, eps: float, normed: bool, gamma: Optional[Tensor]) -> Tensor:
     m = y.size(-1) // 2
     h = y.new_empty(*y.shape[:-1], m)
     y = _rows(y)
-    gammas = [_filled(gamma, m) for gamma in (gamma_gate, gamma_up)]
     tile, columns, warps, across = _swiglu_tile(m, normed)
-    _launch(_swiglu_kernel, (triton.cdiv(y.size(0), tile), across), y, *gammas, h, y.size(0), eps,
+    _launch(_swiglu_kernel, (triton.cdiv(y.size(0), tile), across), y, _padded(gamma, m), h, y.size(0), eps,
             Y_STRIDE=y.stride(0), N=n, M=m, NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps)
     return h
 
 
 @_swiglu.register_fake
-def _(y, n, eps, normed, gamma_gate, gamma_up):
+def _(y, n, eps, normed, gamma):
     return y.new_empty(*y.shape[:-1], y.size(-1) // 2)
 
 
 @torch.library.custom_op("nanoscale::swiglu_backward", mutates_args=())
-def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool, gamma_gate: Optional[Tensor],
-                     gamma_up: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool,
+                     gamma: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     m = y.size(-1) // 2
     dy = y.new_empty(y.shape)
     dh, y = _rows(dh), _rows(y)
-    gammas = [_filled(gamma, m) for gamma in (gamma_gate, gamma_up)]
     tile, columns, warps, across = _swiglu_tile(m, normed)
-    tiles = programs = triton.cdiv(y.size(0), tile)
-    if gamma_gate is not None or gamma_up is not None:
-        programs = _programs(tiles, warps, y.device)
-    dgammas = [None if gamma is None else gamma.new_empty(programs, m) for gamma in gammas]
-    _launch(_swiglu_backward_kernel, (programs, across), dh, y, *gammas, dy, *dgammas, y.size(0),
+    tiles = triton.cdiv(y.size(0), tile)
+    programs = tiles if gamma is None else _programs(tiles, warps, y.device)
+    dgamma = None if gamma is None else gamma.new_empty(programs, m)
+    _launch(_swiglu_backward_kernel, (programs, across), dh, y, _padded(gamma, m), dy, dgamma, y.size(0),
             triton.cdiv(tiles, max(1, programs)), eps, DH_STRIDE=dh.stride(0), Y_STRIDE=y.stride(0), N=n, M=m,
             NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps, maxnreg=128 if warps <= 16 else None)
-    return dy, *(y.new_empty(0) if dgamma is None else dgamma[:, :n].sum(0) for dgamma in dgammas)
+    return dy, y.new_empty(0) if gamma is None else dgamma[:, :n].sum(0)
 
 
 @_swiglu_backward.register_fake
-def _(dh, y, n, eps, normed, gamma_gate, gamma_up):
-    dgammas = (y.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape) for gamma in (gamma_gate, gamma_up))
-    return y.new_empty(y.shape), *dgammas
+def _(dh, y, n, eps, normed, gamma):
+    return y.new_empty(y.shape), y.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
 
 
 def _swiglu_context(ctx, inputs, output):
-    y, ctx.n, ctx.eps, ctx.normed, gamma_gate, gamma_up = inputs
-    ctx.save_for_backward(y, gamma_gate, gamma_up)
+    y, ctx.n, ctx.eps, ctx.normed, gamma = inputs
+    ctx.save_for_backward(y, gamma)
 
 
 def _swiglu_gradients(ctx, dh):
-    y, *gammas = ctx.saved_tensors
-    dy, *dgammas = _swiglu_backward(dh, y, ctx.n, ctx.eps, ctx.normed, *gammas)
-    return dy, None, None, None, *(None if g is None else dg for g, dg in zip(gammas, dgammas))
+    y, gamma = ctx.saved_tensors
+    dy, dgamma = _swiglu_backward(dh, y, ctx.n, ctx.eps, ctx.normed, gamma)
+    return dy, None, None, None, None if gamma is None else dgamma
 
 
 _swiglu.register_autograd(_swiglu_gradients, setup_context=_swiglu_context)
 
 
-def swiglu(y, n, eps=0.0, normed=False, gammas=(None, None)):
+def swiglu(y, n, eps=0.0, normed=False, gamma=None):
     """
-    silu(gate) ⊙ up (SwiGLU, arXiv 2002.05202), each with a norm and its γ before where `normed`, as DNP has it.
+    silu(gate) ⊙ up (SwiGLU, arXiv 2002.05202); where `normed`, silu(γ ⊙ N(gate)) ⊙ N(up), as DNP has it.
 
     y: (..., 2 m), a GEMM's rows: gate in the first n of m ≥ n channels, up in the first n of the other m, and zeros
-    behind each, as scaled_cast's rows of zeros give. gammas: of gate and up, None, (n,) or a row for each row of y, in
-    fp32. Returns (..., m), with zeros behind the first n.
+    after each, as scaled_cast's rows of zeros give. gamma: None, (n,) or a row for each row of y, in fp32. DNP's vector
+    of up is left to the matrix that comes next. Returns (..., m), with zeros after the first n.
     """
     m = y.size(-1) // 2
-    gammas = gammas if normed else (None, None)
-    if _use_triton(y) and 0 < m and (m <= WIDEST or not normed) and all(_is_vector(gamma, n) for gamma in gammas):
-        return _swiglu(y, n, eps, normed, *gammas)
+    gamma = gamma if normed else None
+    if _use_triton(y) and 0 < m and (m <= WIDEST or not normed) and _is_vector(gamma, n):
+        return _swiglu(y, n, eps, normed, gamma)
     if not normed:
         gate, up = y.chunk(2, dim=-1)
         return F.silu(gate) * up
     gate, _, up, _ = y.split([n, m - n, n, m - n], dim=-1)
-    h = F.silu(rms_norm(gate, eps, gammas[0])) * rms_norm(up, eps, gammas[1])
+    h = F.silu(rms_norm(gate, eps, gamma)) * rms_norm(up, eps)
     return F.pad(h, (0, m - n)) if m > n else h

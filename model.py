@@ -70,33 +70,39 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         nq, nkv = config.n_head * config.d_head, config.n_kv_head * config.d_head
-        self.qkv = branches(config, {"q": nq, "k": nkv, "v": nkv}, placement=config.attn_placement,
+        placement = {"q": config.attn_placement, "k": config.attn_placement, "v": config.v_placement}
+        self.qkv = branches(config, {"q": nq, "k": nkv, "v": nkv}, placement=placement,
                             group=config.d_head if config.qkv_norm == "head" else None)
         self.o = nn.Parameter(torch.empty(config.n_embd, nq))
         # dual_norm and norm put a norm after q and k already
-        self.qk_norm = config.arch == "gemma" and not self.qkv.normed
+        self.qk_norm = config.arch == "gemma" and "q" not in self.qkv.normed
         if self.qk_norm:
             per_head = config.qkv_norm == "head"
             self.q_scale = output_scale(config, config.d_head if per_head else nq)
             self.k_scale = output_scale(config, config.d_head if per_head else nkv)
 
     def weights(self, dtype):
-        """What its two GEMMs multiply by: q, k and v one below the other, and o."""
-        return self.qkv.folded_weight(dtype), scaled_cast([self.o], [None], [None], dtype)
+        """
+        What its two GEMMs multiply by: q, k and v one below the other, and o. Attention mixes tokens, not channels, so
+        that DNP's u of v goes on into o's columns; each head of v serves n_head / n_kv_head heads of o.
+        """
+        config, u_v = self.config, self.qkv.after_norm("v")
+        if u_v is not None:
+            u_v = u_v.view(config.n_kv_head, 1, -1).expand(-1, config.n_head // config.n_kv_head, -1).flatten()
+        return self.qkv.folded_weight(dtype), scaled_cast([self.o], [None], [u_v], dtype)
 
     def forward(self, h, cos, sin, cache=None):
         (B, T, _), config = h.shape, self.config
-        heads, eps, group = (config.n_head, config.n_kv_head), config.norm_eps, self.qkv.group
-        normed, gammas = "".join(self.qkv.normed), [self.qkv.after_norm(c) for c in "qkv"]
-        if self.qk_norm:
-            normed, gammas = "qk", [self.q_scale and self.q_scale(), self.k_scale and self.k_scale(), None]
+        normed, gammas = [*self.qkv.normed], [self.qkv.after_norm(c) for c in "qk"]
         if self.written:
-            y, W_o = torch.cat(self.qkv(h), dim=-1), self.o.to(h.dtype)
-            normed, gammas = (normed, gammas) if self.qk_norm else ("", [None] * 3)
+            y, W_o, normed = torch.cat(self.qkv(h), dim=-1), self.o.to(h.dtype), []
         else:
             W_qkv, W_o = self.kept or self.weights(h.dtype)
             y = F.linear(h, W_qkv)
-        q, k, v = qk_norm_rope(y, cos, sin, *heads, eps, normed, gammas, group)
+        if self.qk_norm:
+            normed, gammas = ["q", "k", *normed], [self.q_scale and self.q_scale(), self.k_scale and self.k_scale()]
+        q, k, v = qk_norm_rope(y, cos, sin, config.n_head, config.n_kv_head, config.norm_eps, normed, gammas,
+                               self.qkv.group)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d_head)
         if cache is not None:
             k, v = cache.extend(k, v)
@@ -119,8 +125,11 @@ class FFN(nn.Module):
         self.down = nn.Parameter(torch.empty(stack, *shape) if stack else torch.empty(shape))
 
     def weights(self, dtype):
-        """What its two GEMMs multiply by: gate and up one below the other, and down; the hidden width is padded."""
-        down = scaled_cast([self.down], [None], [None], dtype, align_columns=ALIGN)
+        """
+        What its two GEMMs multiply by: gate and up one below the other, and down; the hidden width is padded. The
+        product is linear in up, so that DNP's u of up goes on into down's columns.
+        """
+        down = scaled_cast([self.down], [None], [self.gate_up.after_norm("up")], dtype, align_columns=ALIGN)
         return self.gate_up.folded_weight(dtype, ALIGN), down
 
     def forward(self, h, route=None):
@@ -129,14 +138,15 @@ class FFN(nn.Module):
             gate, up = branches(h, route)
             return linear(F.silu(gate) * up, self.down.to(h.dtype))
         W_gate_up, W_down = self.kept or self.weights(h.dtype)
-        gammas = [branches.after_norm(c) for c in ("gate", "up")]
-        if route is not None:
-            gammas = [gamma if gamma is None else route.rows(gamma) for gamma in gammas]
-        y = swiglu(linear(h, W_gate_up), self.ffn_dim, branches.eps, bool(branches.normed), gammas)
-        return linear(y, W_down)
+        gamma = branches.after_norm("gate")
+        if gamma is not None and route is not None:
+            gamma = route.rows(gamma)
+        return linear(swiglu(linear(h, W_gate_up), self.ffn_dim, branches.eps, bool(branches.normed), gamma), W_down)
 
 
 class Block(nn.Module):
+    written = False  # as in Attention
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -159,16 +169,23 @@ class Block(nn.Module):
 
         The Pre-Norms are N alone: their scale vectors live in the branches behind them.
         """
-        eps = self.config.norm_eps
-        h, x = (rms_norm(x, eps), x) if y is None else rms_norm(y, eps, residual=x)
+        gemma, eps = self.config.arch == "gemma", self.config.norm_eps
+        h, x = self.pre_norm(x, y, self.attn.qkv)
         y = self.attn(h, cos, sin, cache)
-        if self.config.arch == "gemma":
+        if gemma:
             y = rms_norm(y, eps, self.attn_post and self.attn_post())
-        h, x = rms_norm(y, eps, residual=x)
+        h, x = self.pre_norm(x, y, (self.ffn.experts if self.config.n_experts else self.ffn).gate_up)
         y = self.ffn(h)
-        if self.config.arch == "gemma":
+        if gemma:
             y = rms_norm(y, eps, self.ffn_post and self.ffn_post())
         return x, y
+
+    def pre_norm(self, x, y, branches):
+        """(N(x + y), x + y); where N is idle before these branches, the sum in its place, too."""
+        if branches.idle_norm and not self.written:
+            x = x if y is None else x + y
+            return x, x
+        return (rms_norm(x, branches.eps), x) if y is None else rms_norm(y, branches.eps, residual=x)
 
 
 class GPT(nn.Module):
@@ -223,10 +240,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, 0.02) for all matrices, 1 for every γ. Raises on a parameter that named_roles doesn't know."""
+        """
+        N(0, init_std) for matrices, by default 1/√fan_in, which leaves the size of what goes through them; N(0,
+        embedding_std) for the token table; 1 for every γ. Raises on a parameter that named_roles doesn't know.
+        """
+        config = self.config
         for _, p, role, _ in self.named_roles():
             if role not in ("input", "output"):
-                p.normal_(0.0, 0.02)
+                p.normal_(0.0, config.init_std or p.size(-1)**-0.5)
+        if config.embedding_std or not config.tie_embeddings:
+            self.wte.normal_(0.0, config.embedding_std or 1.0)
         for module in self.modules():
             if isinstance(module, ScaleVector):
                 module.reset()

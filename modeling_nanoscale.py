@@ -8,7 +8,12 @@ with trust_remote_code=True. It needs nothing else.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 

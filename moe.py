@@ -115,6 +115,7 @@ class MoE(nn.Module):
                  has no gradient (arXiv 2408.15664)
     """
 
+    written = False  # as in model.Attention
     grouped = None  # True or False, in tests; else can_group says
 
     def __init__(self, config, router, experts, shared=None):
@@ -133,12 +134,14 @@ class MoE(nn.Module):
         self.loss = None
 
     def forward(self, h):
-        # h: (B, T, n_embd), the output of N
+        # h: (B, T, n_embd), the output of N, or its input where N is idle before the experts' branches
         config, (B, T, _) = self.config, h.shape
         E, K = config.n_experts, config.experts_per_token
         x = h.flatten(0, 1)  # (N, n_embd)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        logits = F.linear(wide, self.router.folded_weight(wide.dtype))  # (N, E)
+        (logits,) = self.router(wide) if self.written else [F.linear(wide, self.router.folded_weight(wide.dtype))]  # (N, E)
+        if self.experts.gate_up.idle_norm and not self.written:  # h is not normed, and the router needs its length
+            logits = logits * (wide.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
         scores = logits.sigmoid() if config.router == "sigmoid" else logits.softmax(-1)
         chosen = (scores.detach() + self.bias).topk(K).indices  # (N, K), the best first
         if config.router == "softmax":

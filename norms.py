@@ -40,10 +40,8 @@ class ScaleVector(nn.Module):
         direct        γ
         zero_centred  γ = 1 + w, as Gemma's: decay pulls γ to 1, not to 0
         product       γ = β α
-        or            γ = β √n α/‖α‖     "original space": gradient flow moves the magnitude n times faster
-        er            γ = exp(β) √n α/‖α‖  "exponential space"
-        Of `or` and `er` the paper's split into magnitude and direction is known to us; these formulas are our
-        reconstruction.
+        or            γ = β N(α) = β √n α/‖α‖   "original space": gradient flow moves the magnitude n times faster
+        er            γ = exp(β) exp(α − mean α)  "exponential space": positive, and decay of β and α pulls γ to 1
     """
 
     def __init__(self, n, role, form="direct", stack=0):
@@ -64,7 +62,7 @@ class ScaleVector(nn.Module):
 
     @torch.no_grad()
     def set(self, gamma):
-        """Make γ what is given, of γ's shape; α of or and er then has the length of a fresh one, √n. Raises ValueError."""
+        """Make γ what is given, of γ's shape; α of or then has the length of a fresh one, √n. Raises ValueError."""
         if self.form == "direct":
             self.gamma.copy_(gamma)
         elif self.form == "zero_centred":
@@ -72,16 +70,22 @@ class ScaleVector(nn.Module):
         elif self.form == "product":
             self.beta.fill_(1.0)
             self.alpha.copy_(gamma)
-        else:
+        elif self.form == "or":
             size = gamma.double().square().mean(-1, keepdim=True).sqrt()  # (1,) or (stack, 1)
             if not (size > 0).all():
-                raise ValueError(f"{self.form} cannot represent a γ of zeros: its α has no direction")
-            self.beta.copy_((size.log() if self.form == "er" else size).view_as(self.beta))
+                raise ValueError("or cannot represent a γ of zeros: its α has no direction")
+            self.beta.copy_(size.view_as(self.beta))
             self.alpha.copy_(gamma.double() / size)
+        else:
+            if not (gamma > 0).all():
+                raise ValueError("er cannot represent a γ that is not positive")
+            log = gamma.double().log()
+            self.beta.copy_(log.mean(-1, keepdim=True).view_as(self.beta))
+            self.alpha.copy_(log - log.mean(-1, keepdim=True))
 
     def decays(self, name):
-        """Whether weight decay on this parameter moves γ: shrinking α leaves √n α/‖α‖ as it was."""
-        return not (name == "alpha" and self.form in ("or", "er"))
+        """Whether weight decay on this parameter moves γ: shrinking or's α leaves √n α/‖α‖ as it was."""
+        return not (name == "alpha" and self.form == "or")
 
     def forward(self):
         if self.form == "direct":
@@ -90,8 +94,9 @@ class ScaleVector(nn.Module):
             return 1.0 + self.w
         if self.form == "product":
             return self.beta * self.alpha
-        magnitude = self.beta if self.form == "or" else self.beta.exp()
-        return magnitude * math.sqrt(self.n) * self.alpha / torch.linalg.vector_norm(self.alpha, dim=-1, keepdim=True)
+        if self.form == "or":
+            return self.beta * math.sqrt(self.n) * self.alpha / torch.linalg.vector_norm(self.alpha, dim=-1, keepdim=True)
+        return (self.beta + self.alpha - self.alpha.mean(-1, keepdim=True)).exp()
 
     def extra_repr(self):
         return f"{self.n}, role={self.role}, form={self.form}" + (f", stack={self.stack}" if self.stack else "")
@@ -171,3 +176,14 @@ class Branches(nn.Module):
     def after_norm(self, c):
         """DNP's u_c, which stands after a norm, where no row of W_c can take it; else None."""
         return self.u[c]() if c in self.normed and c in self.u else None
+
+    @property
+    def idle_norm(self):
+        """
+        Whether the Pre-Norm is idle: N does not see the length of its input, so that N(W (v ⊙ N(x))) = N(W (v ⊙ x)).
+        A model then leaves it out and gives the branches x itself.
+
+        ε is where the two differ: to be the same, the branches' ε would have to be ε / r² for each token, r = 1/rms(x).
+        We leave it as it is. So ε acts on W (v ⊙ x), at the size that the residual stream has; README has the difference.
+        """
+        return len(self.normed) == len(self.n_out)

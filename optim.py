@@ -7,12 +7,13 @@ import math
 import torch
 
 
-def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0):
+def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0, decay_direction=False):
     """
     Groups for an optimizer, each with a 'name', 'params', 'weight_decay' and 'lr_mult'; empty ones are left out.
 
     named_roles: (name, parameter, role, decays) of every parameter, as GPT.named_roles yields them.
     scale_decay: which scale vectors decay: 'input', 'output', 'all' or 'none', by role. Matrices and embeddings do.
+    decay_direction: of those that decay, α too where that leaves γ as it is.
     Raises AssertionError unless every parameter is in exactly one group.
     """
     named_roles = list(named_roles)
@@ -20,7 +21,7 @@ def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0):
     for name, p, role, decays in named_roles:
         is_scale = role in ("input", "output")
         if is_scale:
-            decays = decays and scale_decay in (role, "all")
+            decays = (decays or decay_direction) and scale_decay in (role, "all")
         key = f"scale_{role}" if is_scale else role
         if not decays:
             key += "_no_decay"
@@ -86,7 +87,9 @@ def make_optimizers(groups, optimizer, betas, shard=False):
     elif hidden:
         wanted.append((hidden, torch.optim.Muon, dict(lr=0.0, adjust_lr_fn="match_rms_adamw")))
     if shard:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # half a second to import, and seldom needed
+        from torch.distributed.optim import (
+            ZeroRedundancyOptimizer,  # half a second to import, and seldom needed
+        )
         return [ZeroRedundancyOptimizer(params, kind, **kw) for params, kind, kw in wanted]
     return [kind(params, **kw) for params, kind, kw in wanted]
 

@@ -89,11 +89,11 @@ def main(args):
 
     import torch
 
+    from devices import pick_device
     from export import open_model
     from folding import fold, load
     from model import GPT
     from settings import Settings
-    from devices import pick_device
 
     device, dtype = pick_device(Settings(device=args.device))
     trained, name = open_model(args.model)

@@ -32,11 +32,14 @@ class GPTConfig:
     tie_embeddings: bool = False  # the LM head shares the token table
     rope_theta: Annotated[float, 1.0, None] = 10000.0  # RoPE's base
     norm_eps: Amount = 1e-6  # inside every norm's square root
+    init_std: Amount = 0.0  # of the initial matrices; 0 is 1/√fan_in for each
+    embedding_std: Amount = 0.0  # of the initial token table; 0 is 1, or the LM head's where they are tied
     # scale vectors
     scale_vectors: bool = True  # False fixes every γ to 1
     heterogeneous: bool = False  # HG: q, k, v, gate and up have a γ each
     placement: Literal[PLACEMENTS] = "input"  # dual is DP, dual_norm DNP, norm our control
     attn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in attention, where it differs
+    v_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of v, where it differs from that of q and k [R]
     ffn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in the FFN, where it differs
     qkv_norm: Literal["head", "full"] = "head"  # what norms of q, k, v take the mean over [R]
     reparam: Literal[FORMS] = "direct"  # how γ is parameterised; or, er [R]
@@ -74,6 +77,7 @@ class GPTConfig:
         elif self.expert_dim or self.n_shared_experts:
             raise ConfigError("expert_dim and n_shared_experts need n_experts")
         self.attn_placement = self.placement if self.attn_placement == "same" else self.attn_placement
+        self.v_placement = self.attn_placement if self.v_placement == "same" else self.v_placement
         self.ffn_placement = self.placement if self.ffn_placement == "same" else self.ffn_placement
         self.dtype = "float32" if self.dtype == "auto" else self.dtype
 
@@ -93,6 +97,7 @@ class Settings(GPTConfig):
     shard_optimizer: bool = False  # ZeRO-1: each process keeps a share of the optimizer's state
     weight_decay: Amount = 0.1  # on matrices, embeddings, and scale_decay's γ
     scale_decay: Literal["input", "all", "none", "output"] = "all"  # roles of γ that weight decay acts on; input is IWD
+    decay_direction: bool = False  # scale_decay's decay on or's α too, which leaves γ and makes α turn faster [R]
     beta1: Beta = 0.9  # AdamW's
     beta2: Beta = 0.95  # AdamW's
     grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping

@@ -37,8 +37,17 @@ from model import GPT
 from moe import balance_routers, take_router_statistics
 from norms import ScaleVector
 from optim import gather_state, lr_at, make_optimizers, param_groups, set_lr
-from runs import (CSVLog, claim_out_dir, differing, git_commit, load_checkpoint, save_checkpoint, versions,
-                  write_whole)
+from runs import (
+    CSVLog,
+    claim_out_dir,
+    differing,
+    git_commit,
+    load_checkpoint,
+    save_checkpoint,
+    versions,
+    write_whole,
+)
+
 
 class Diverged(RuntimeError):
     """The loss or a gradient is not a number any more."""
@@ -158,7 +167,7 @@ def main(s, config_files=()):
         except ConfigError as e:
             raise ConfigError(f"init_from {s.init_from}: {e}") from None
     raw_model.to(device)
-    groups = param_groups(raw_model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult)
+    groups = param_groups(raw_model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult, s.decay_direction)
     optimizers = make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and distributed)
 
     out = Path(s.out_dir)
@@ -340,7 +349,7 @@ def dry_run(s):
         model = GPT(gpt_config(s))
     for key, value in {**model.counts(), "flops_per_token": model.flops_per_token()}.items():
         print(f"{key}: {value}")
-    for g in param_groups(model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult):
+    for g in param_groups(model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult, s.decay_direction):
         print(f"group {g['name']}: {len(g['params'])} tensors, {sum(p.numel() for p in g['params'])} parameters, "
               f"weight_decay {g['weight_decay']}, lr {s.lr * g['lr_mult']}")
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from conftest import ROOT  # puts the project on sys.path
+from tqdm import tqdm
+
 from data.tokens import BinWriter
 from runs import load_checkpoint
-from tqdm import tqdm
 
 
 def command(out, data, steps):

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import ablate
-from conftest import ROOT
 from configurator import ConfigError, configure
 from data.tokens import BinWriter, load_tokenizer, write_meta
 from optim import param_groups

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from conftest import ROOT
 
 from configurator import Amount, ConfigError, Count, Fraction, Whole, configure
-from conftest import ROOT
 
 
 @dataclass
@@ -103,6 +103,7 @@ def train(*args):
 
 def test_help_is_complete_and_quick():
     from dataclasses import fields
+
     from settings import Settings
     started = time.perf_counter()
     run = train("--help")

@@ -10,8 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tokens import (HERE, BinWriter, DataError, Tokens, data_folder, load_tokenizer, read_header,
-                         rebuild_command, write_meta)
+from data.tokens import (
+    HERE,
+    BinWriter,
+    DataError,
+    Tokens,
+    data_folder,
+    load_tokenizer,
+    read_header,
+    rebuild_command,
+    write_meta,
+)
 
 B = 8  # block size
 

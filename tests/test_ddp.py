@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-
 import worlds
 from conftest import ROOT
+
 from runs import load_checkpoint
 from train import main
 

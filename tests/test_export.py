@@ -11,20 +11,18 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 import export
-from conftest import ROOT
 from configurator import ConfigError, configure
 from data.tokens import DataError, load_tokenizer
 from export import arguments, byte_symbols, main, open_model, write_tokenizer
 from folding import fold, load, read_tensors
 from model import GPT
 from moe import mixtures
-from settings import GPTConfig
 from norms import ScaleVector
-from settings import FORMS
 from runs import checksum, save_checkpoint
-from settings import Settings, gpt_config
+from settings import FORMS, GPTConfig, Settings, gpt_config
 
 TEXT = (ROOT / "model.py").read_text(encoding="utf-8")[:200] + " café γ ⊙ 你好 \n"
 TINY = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--ffn_dim=45", "--block_size=128"]

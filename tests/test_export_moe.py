@@ -5,19 +5,26 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
+from test_export import (
+    IDS,
+    TINY,
+    export_all,
+    logits,
+    same_by_our_own_code,
+    same_by_transformers,
+    save_run,
+    shaken,
+)
+from test_hf import dataset, first_val_loss, from_folder, train, transformers
 
 from configurator import ConfigError, configure
-from conftest import ROOT
 from export import arguments, main, open_model
 from folding import fold, load, read_tensors
 from model import GPT
 from moe import mixtures, take_router_statistics
-from settings import GPTConfig
 from norms import ScaleVector
-from settings import FORMS
-from test_export import IDS, TINY, export_all, logits, same_by_our_own_code, same_by_transformers, save_run, shaken
-from test_hf import dataset, first_val_loss, from_folder, train, transformers
-from settings import Settings
+from settings import FORMS, GPTConfig, Settings
 from train import main as train_main
 
 ROUTERS = ("softmax", "softmax_all", "sigmoid")

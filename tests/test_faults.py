@@ -8,12 +8,12 @@ import signal
 import subprocess
 from pathlib import Path
 
+import faults
 import pytest
 import torch
-
-import faults
-from configurator import ConfigError
 from conftest import snapshot
+
+from configurator import ConfigError
 from runs import CSVLog, load_checkpoint
 from train import LOG_COLUMNS, main
 

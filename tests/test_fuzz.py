@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import snapshot
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import train
 from configurator import ConfigError, configure, read_file
-from conftest import snapshot
 from data.tokens import DataError, Tokens
 from settings import Settings
 

@@ -4,15 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faults
 import pytest
 import torch
-
-import faults
 from conftest import ROOT
-from kernels import scaled_cast
 from test_kernels import gamma, norm, our_swiglu, outputs_and_grads
 from test_kernels_gemm import our_heads, tables, two_casts
 from test_train import UNIFIED, equal, log, stop_at, weights
+
+from kernels import scaled_cast
 from train import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

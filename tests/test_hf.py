@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_export import IDS, logits, save_run
 
 from configurator import ConfigError, configure
 from data.tokens import BinWriter
@@ -13,10 +14,8 @@ from export import open_model
 from folding import adopt, load, read_config, read_tensors
 from model import GPT
 from norms import ScaleVector
-from settings import FORMS
-from test_export import IDS, logits, save_run
 from runs import load_checkpoint
-from settings import Settings, gpt_config
+from settings import FORMS, Settings, gpt_config
 from train import main
 
 SHAPES = {

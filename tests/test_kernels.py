@@ -14,12 +14,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-
-import kernels
 from conftest import ROOT
-from kernels import backend, rms_norm, swiglu
 from test_model import shake
 from test_norms import naive_rms_norm
+
+import kernels
+from kernels import backend, rms_norm, swiglu
 
 pytestmark = [pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed"),
               pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]  # numpy's, about NaN

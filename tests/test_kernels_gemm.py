@@ -9,15 +9,27 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-import kernels
 from conftest import ROOT
-from kernels import backend, qk_norm_rope, scaled_cast
-from model import rope_tables
-from test_kernels import (DEVICE, DTYPES, EPS, GPU, against_float64, gamma, launched, outputs_and_grads, pytestmark,
-                          randn, seed, strided)
+from test_kernels import (
+    DEVICE,
+    DTYPES,
+    EPS,
+    GPU,
+    against_float64,
+    gamma,
+    launched,
+    outputs_and_grads,
+    pytestmark,
+    randn,
+    seed,
+    strided,
+)
 from test_model import shake
 from test_norms import naive_rms_norm
+
+import kernels
+from kernels import backend, qk_norm_rope, scaled_cast
+from model import rope_tables
 
 CAST = ["_scaled_cast_kernel", "_scaled_cast_backward_kernel"]
 ROPE = ["_qk_norm_rope_kernel", "_qk_norm_rope_backward_kernel"]

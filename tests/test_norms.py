@@ -10,7 +10,10 @@ from kernels import rms_norm, scaled_cast
 from norms import Branches, ScaleVector
 from settings import FORMS, PLACEMENTS
 
-torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def naive_rms_norm(x, eps, gamma=None):
@@ -84,7 +87,7 @@ def test_scale_vector_formulas(form):
         "zero_centred": lambda: 1 + p["w"],
         "product": lambda: p["beta"] * p["alpha"],
         "or": lambda: p["beta"] * 7 ** 0.5 * p["alpha"] / p["alpha"].square().sum().sqrt(),
-        "er": lambda: math.exp(p["beta"]) * 7 ** 0.5 * p["alpha"] / p["alpha"].square().sum().sqrt(),
+        "er": lambda: math.exp(p["beta"]) * (p["alpha"] - p["alpha"].sum() / 7).exp(),
     }[form]()
     assert torch.allclose(s(), expected, atol=1e-14)
 

@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import plot
 from ablate import write_csv
-from conftest import ROOT
 from configurator import ConfigError
 
 

@@ -6,16 +6,16 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
+from test_export import CASES, TINY, save_run, shaken
 
 import sample
 from configurator import ConfigError
-from conftest import ROOT
 from data.tokens import load_tokenizer
 from export import arguments as export_arguments
 from export import main as export
 from model import GPT, KVCache
 from settings import GPTConfig
-from test_export import CASES, TINY, save_run, shaken
 
 SHAPE = dict(n_layer=2, n_embd=32, n_head=4, ffn_dim=40, block_size=16, vocab_size=64)
 MODELS = [dict(), dict(heterogeneous=True, placement="dual_norm", reparam="or"), dict(n_kv_head=2), dict(n_kv_head=1),

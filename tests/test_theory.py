@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from model import GPT
-from settings import GPTConfig
 from norms import Branches, ScaleVector
 from optim import param_groups
+from settings import GPTConfig
 
 N_IN, N_OUT = 5, {"a": 3, "b": 4}
 
@@ -212,7 +212,7 @@ def test_dual_placement_balances_its_three_factors(heterogeneous):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Theorem: OR moves γ's magnitude n times faster and its direction as before (at init). ER, ours, does so too;
+# Theorem: OR moves γ's magnitude n times faster and its direction as before (at init). ER does so too;
 # product, OR without its norm, has n + 1.
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, snapshot
 
 import train
 from configurator import ConfigError, configure
-from conftest import ROOT, snapshot
 from data.tokens import BinWriter, DataError
 from norms import ScaleVector
 from runs import load_checkpoint
@@ -385,6 +385,7 @@ def test_dry_run_of_the_papers_1b_prints_its_numbers(capsys):
 
 def test_model_defaults_are_the_settings():
     from dataclasses import fields
+
     from settings import GPTConfig
     s = Settings()
     for f in fields(GPTConfig):

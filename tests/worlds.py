@@ -9,8 +9,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-
 from conftest import ROOT  # puts the project on sys.path
+
 from configurator import configure
 from settings import Settings
 from train import main

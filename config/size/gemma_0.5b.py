@@ -1,6 +1,7 @@
 # 0.5B with Gemma's norms, for the weight-decay study. The paper's size for it is unknown to us; all values are ours.
 arch = "gemma"
 n_layer, n_head, n_embd = 18, 20, 1280
+init_std, embedding_std = 0.02, 0.02
 vocab_size, block_size = 50304, 1024
 dataset = "fineweb"
 batch_tokens, micro_batch = 512 * 1024, 16

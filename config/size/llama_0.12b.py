@@ -1,5 +1,6 @@
 # 0.12B, a size of the paper's. Shape, lr, batch and data are ours.
 n_layer, n_head, n_embd = 6, 12, 768
+init_std, embedding_std = 0.02, 0.02
 vocab_size, block_size = 50304, 1024
 dataset = "fineweb"
 batch_tokens, micro_batch = 512 * 1024, 32

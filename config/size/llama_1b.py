@@ -1,6 +1,7 @@
 # 1B: the paper's 1,028,065,024 parameters, 80,640 of them scale. The shape follows from these but for n_head; that,
 # lr, batch and data are ours.
 n_layer, n_head, n_embd = 22, 28, 1792
+init_std, embedding_std = 0.02, 0.02
 vocab_size, block_size = 50304, 1024
 dataset = "fineweb"
 batch_tokens, micro_batch = 512 * 1024, 8

@@ -1,5 +1,6 @@
 # 2B, a size of the paper's. Shape, lr, batch and data are ours.
 n_layer, n_head, n_embd = 28, 36, 2304
+init_std, embedding_std = 0.02, 0.02
 vocab_size, block_size = 50304, 1024
 dataset = "fineweb"
 batch_tokens, micro_batch = 512 * 1024, 4

@@ -2,6 +2,7 @@
 # As many FLOPs per token as config/size/llama_0.12b.py within 1%. The paper's MoE shapes are unknown; all is ours.
 n_layer, n_head, n_embd = 6, 12, 768
 n_experts, experts_per_token, n_shared_experts, expert_dim = 64, 6, 1, 296
+init_std, embedding_std = 0.02, 0.02
 vocab_size, block_size = 50304, 1024
 dataset = "fineweb"
 batch_tokens, micro_batch = 512 * 1024, 16
