@@ -10,6 +10,7 @@ Whatever is wrong is said in one line on stderr, with exit code 2.
 
 import difflib
 import inspect
+import json
 import os
 import sys
 from ast import literal_eval
@@ -107,6 +108,31 @@ def read_file(path, hints):
         except ConfigError as e:
             raise ConfigError(f"{path}: {e}") from None
     return values
+
+
+def open_file(path):
+    """Open a file to read its bytes. Raises ConfigError for what is none: a FIFO would wait, a device never end."""
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: not a regular file" if os.path.exists(path) else f"{path}: there is no such file")
+    try:
+        return open(path, "rb")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def read_json(path, largest=2 ** 24):
+    """The object in a JSON file, a dict. Raises ConfigError where there is none, or more than `largest` bytes."""
+    with open_file(path) as f:
+        text = f.read(largest + 1)
+    if len(text) > largest:
+        raise ConfigError(f"{path}: larger than {largest} bytes, and no file of this kind is")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:  # brackets can be nested deeper than Python can follow
+        raise ConfigError(f"{path}: not JSON ({e})") from None
+    if type(value) is not dict:
+        raise ConfigError(f"{path}: holds no JSON object")
+    return value
 
 
 def read_flag(arg, hints):

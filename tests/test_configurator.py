@@ -1,5 +1,6 @@
 """configurator.py: what is taken, and that every mistake is one line on stderr with exit code 2."""
 
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from typing import Literal
 import pytest
 from conftest import ROOT
 
-from configurator import Amount, ConfigError, Count, Fraction, Whole, configure
+from configurator import Amount, ConfigError, Count, Fraction, Whole, configure, open_file, read_json
 
 
 @dataclass
@@ -95,6 +96,37 @@ def test_a_file_that_is_not_there_and_one_that_is_no_text(tmp_path):
         with pytest.raises(ConfigError) as e:
             read(str(tmp_path / name))
         assert "\n" not in str(e.value)
+
+
+def test_json_is_an_object_in_a_regular_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1, null], "ä": {}}', encoding="utf-8")
+    assert read_json(path) == {"a": [1, None], "ä": {}}
+    assert len(read_json(str(path), largest=path.stat().st_size)) == 2
+    with pytest.raises(ConfigError, match="larger than"):
+        read_json(path, largest=path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "not JSON"), (b"{", "not JSON"), (b"\xff\xfe\xfd", "not JSON"), (b"[1]", "no JSON object"), (b"3", "no JSON object"),
+    (b"9" * 5000, "not JSON"), (b'{"a": ' * 200_000, "not JSON"), (b"[" * 2 ** 20, "not JSON"),
+    (b"{" + b" " * 2 ** 24 + b"}", "larger than 16777216 bytes")])
+def test_what_is_no_json_object_is_refused_by_name(tmp_path, content, said):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as e:
+        read_json(path)
+    assert str(path) in str(e.value) and said in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("read", [open_file, read_json])
+def test_only_regular_files_are_opened(tmp_path, read):
+    os.mkfifo(tmp_path / "fifo")  # to open it would wait for ever
+    for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
+        with pytest.raises(ConfigError, match=f"{path}: not a regular file"):
+            read(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        read(tmp_path / "nothing")
 
 
 def train(*args):
