@@ -2,16 +2,17 @@
 
 import argparse
 import hashlib
-import multiprocessing
-import signal
-from contextlib import nullcontext
-from functools import partial
+import os
+import shutil
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data.tokens import BinWriter, DataError, load_tokenizer, token_counts, write_meta
+from configurator import ConfigError, open_file
+from data.tokens import UNFINISHED, BinWriter, DataError, GPT2Tokenizer, load_tokenizer, open_tokens, write_meta
 
 
 def goes_to_val(key):
@@ -19,78 +20,103 @@ def goes_to_val(key):
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") % 100 < 5
 
 
-def encode_documents(texts, tokenizer):
-    """[str] -> (n,) uint16, a separator before each document"""
-    pieces = []
-    for text in texts:
-        pieces += [[tokenizer.separator], tokenizer.encode(text)]
-    return np.concatenate(pieces).astype(np.uint16)
-
-
-def encode_file(name, path):
-    """One file as one document, (n,) uint16, or None if it is not text: unreadable, not UTF-8, empty, with NULs."""
+def encode_file(path, tokenizer):
+    """
+    One file as one document, (n,) uint16, or None if it is no text: not UTF-8, empty, with NULs.
+    Raises DataError if it cannot be read: a corpus without it would be another one.
+    """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+        with open_file(path) as file:
+            text = file.read().decode("utf-8")
+    except UnicodeDecodeError:
         return None
-    return encode_documents([text], load_tokenizer(name)) if text and "\0" not in text else None
+    except (ConfigError, OSError) as error:
+        raise DataError(f"{error}; nothing was written. Mend it or move it away, and run this again") from None
+    return np.insert(tokenizer.encode(text), 0, tokenizer.separator) if text and "\0" not in text else None
 
 
-def workers():
+def in_threads(function, items):
     """
-    A pool with a process a core that leaves Ctrl-C to the parent. Processes, because tiktoken in threads gains little
-    beyond a few cores; spawned, because a fork under threads (tqdm's, a caller's) may lock up.
+    Yields function(item) for each item in order, worked out on every core, a few items ahead of what was asked for.
+    Threads, because tiktoken lets go of the interpreter's lock; and unlike a process none can be killed by itself.
     """
-    return multiprocessing.get_context("spawn").Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 4 * os.cpu_count():
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
 
 
-def write_corpus(files, out, tokenizer, quiet=False):
+def write_corpus(files, out, tokenizer):
     """
-    Tokenises files into out/train.bin, out/val.bin and out/meta.json and returns the content of the latter. What was
-    in the folder stays as it was until all is complete.
+    Tokenises files into out/train.bin, out/val.bin and out/meta.json. What was in the folder stays as it was until all
+    is complete.
 
     files: [(key, path)], the key ordering the files and deciding their split · tokenizer: 'bytes' or 'gpt2'
-    Raises DataError if no file holds text.
+    Raises DataError if no file holds text, or one cannot be read.
     """
-    files, out = sorted(files), Path(out)
-    tok = load_tokenizer(tokenizer)
+    files, tok = sorted(files), load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    skipped, tail = 0, False
-    encode = partial(encode_file, tokenizer)
-    paths = [path for _, path in files]
-    # Bytes are encoded faster than a worker would hand them over.
-    with workers() if tokenizer == "gpt2" else nullcontext() as pool:
-        encoded = pool.imap(encode, paths, 16) if pool else map(encode, paths)
-        with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:
-            for (key, _), tokens in tqdm(zip(files, encoded), out.name, len(files), unit="file",
-                                         disable=True if quiet else None):
-                if tokens is None:
-                    skipped += 1
-                else:
-                    (val if goes_to_val(key) else train).write(tokens)
-            if train.count + val.count == 0:
-                raise DataError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; name other files")
-            # Few files may all fall on one side.
-            if not train.count:
-                train.write(val.cut(val.count))
-            if not val.count:
-                val.write(train.cut(max(1, train.count // 20)))
-                tail = True
-            train.flush()
-            val.flush()
-    meta = write_meta(out, tok)
-    if not quiet:
-        counts = token_counts(out, "val")
-        frequency = counts[counts > 0] / counts.sum()
-        print(f"files: {len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)")
-        if tail:
+    skipped = 0
+    encoded = in_threads(lambda file: encode_file(file[1], tok), files)
+    with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:
+        for (key, _), tokens in tqdm(zip(files, encoded), out.name, len(files), unit="file", disable=None):
+            if tokens is None:
+                skipped += 1
+            else:
+                (val if goes_to_val(key) else train).write(tokens)
+        if train.count + val.count == 0:
+            raise DataError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; name other files")
+        # Few files may all fall on one side.
+        if not train.count:
+            train.write(val.cut(val.count))
+        if not val.count:
+            val.write(train.cut(max(1, train.count // 20)))
             print("split: too few files to split by file, so val is the last 5% of the tokens")
-        print(f"train_tokens: {meta['train_tokens']}\nval_tokens: {meta['val_tokens']}")
-        print(f"bytes_per_token: {meta['bytes_per_token']:.4f}")
-        # What a model reaches that knows only how often each token occurs.
-        print(f"val_unigram_entropy: {-(frequency * np.log(frequency)).sum():.4f} nats")
-        print(f"folder: {out}")
-    return meta
+        train.flush()
+        val.flush()
+        # A kill from now on leaves files of two corpora, and a meta.json of the old one would be believed.
+        (out / UNFINISHED).touch()
+        (out / "meta.json").unlink(missing_ok=True)
+    print(f"files: {len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)")
+    finish(out, tok)
+
+
+def finish(out, tokenizer):
+    """Writes meta.json and prints what the folder holds."""
+    for key, value in (write_meta(out, tokenizer) | {"folder": out}).items():
+        print(f"{key}: {value}")
+
+
+def download(repo, sources, out, convert):
+    """
+    Makes those files of sources, {a .bin file in out: its source in a dataset on Hugging Face}, that are not whole yet:
+    convert(downloaded, path). The environment's HF_ENDPOINT is a mirror. Raises DataError.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise DataError("huggingface_hub is not installed; run: pip install huggingface_hub") from None
+    out.mkdir(parents=True, exist_ok=True)
+    for name, source in sources.items():
+        try:
+            open_tokens(out / name)
+            continue
+        except ConfigError:  # not there, or not whole
+            pass
+        try:
+            downloaded = hf_hub_download(repo, source, repo_type="dataset", local_dir=out / "download.part")
+        except Exception as error:  # of the network, the server, the storage, the disk: they share no class
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise DataError(f"{repo}, {source}: not downloaded ({reason}); see to the network or the disk, then run "
+                            "the same command again") from None
+        convert(Path(downloaded), out / name)
+        open_tokens(out / name)  # or says what is wrong with it
+    shutil.rmtree(out / "download.part", ignore_errors=True)
+    finish(out, GPT2Tokenizer)
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,13 +129,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+def home(path):
+    """A path, with ~ as the home folder: the type of an argument."""
+    return Path(os.path.expanduser(path))
+
+
 def command_line(prepare, parser):
     """Runs prepare with the command line's arguments; what the user can fix is one line on stderr and exit code 2."""
+    arguments = vars(parser.parse_args())
     try:
-        prepare(**vars(parser.parse_args()))
-    except DataError as error:
+        prepare(**arguments)
+    except ConfigError as error:
         parser.exit(2, f"{error}\n")
     except OSError as error:  # a full disk, a folder that cannot be written
-        parser.exit(2, f"{error.filename or parser.prog}: {error.strerror or error}; make room or name another --out\n")
+        where = error.filename or arguments["out"] or parser.prog
+        parser.exit(2, f"{where}: {error.strerror or error}; make room or name another --out\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command starts again from what is complete\n")

@@ -2,68 +2,86 @@
 
 A .bin file is a header of 256 int32 (magic 20240520, version 1, number of tokens, zeros) and then the tokens as
 uint16, all little endian: the layout of llm.c and modded-nanogpt, so their shards work here unchanged and ours there.
-A document is a separator token followed by the document's tokens. A folder holds *train*.bin and *val*.bin files and,
-when our scripts made it, a meta.json that names the tokenizer.
+A document is a separator token followed by the document's tokens. A folder holds .bin files with the word train or val
+in their names and, when our scripts made it, a meta.json that names the tokenizer.
 """
 
 import hashlib
 import json
+import mmap
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from configurator import ConfigError, check, open_file, read_json
+
 HERE = Path(__file__).resolve().parent
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+UNFINISHED = "meta.json.part"  # stands in a folder while its files may be of two corpora
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """One line for the user: which file, what is wrong with it, what to do about it."""
 
 
 def data_folder(dataset):
     """The folder of a dataset: data/<name> for a name, the path itself for anything with a path separator in it."""
-    is_path = any(sep in dataset for sep in {"/", os.sep})
-    return Path(dataset).expanduser() if is_path else HERE / dataset
+    is_path = any(sep in dataset for sep in {"/", os.sep}) or dataset.startswith("~")
+    return Path(os.path.expanduser(dataset)) if is_path else HERE / dataset
 
 
 def rebuild_command(folder):
     """The command that makes what should be in this folder, for error messages."""
     folder = Path(folder)
-    corpus, *variant = folder.name.split("_")
-    flags = {"gpt2": " --tokenizer gpt2", "site": " --site_packages"}
-    ours = folder.resolve().parent == HERE and (HERE / corpus / "prepare.py").exists()
-    if ours and not variant:
-        return f"python data/{corpus}/prepare.py" + (" FOLDER" if corpus == "text" else "")
-    if ours and corpus == "pysrc" and flags.keys() >= set(variant):
-        return "python data/pysrc/prepare.py" + "".join(flags[word] for word in variant)
+    script = {"text": "text/prepare.py FOLDER", "pysrc_gpt2": "pysrc/prepare.py --tokenizer gpt2",
+              "pysrc_site": "pysrc/prepare.py --site_packages",
+              "pysrc_gpt2_site": "pysrc/prepare.py --tokenizer gpt2 --site_packages",
+              }.get(folder.name, f"{folder.name}/prepare.py")
+    if folder.resolve().parent == HERE and (HERE / script.split()[0]).exists():
+        return f"python data/{script}"
     return f"python data/text/prepare.py FOLDER --out {folder}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-def read_header(path):
+def split_files(folder, split):
     """
-    The number of tokens in a .bin file, int.
-    Raises DataError if the file is not a whole one of our format.
+    The .bin files of a split in a folder, [Path], sorted: those with the word train, or val, in their names.
+    Raises DataError for a name with both words.
+    """
+    words = {path: set(re.findall("[a-z]+", path.stem)) for path in sorted(Path(folder).glob("*.bin"))}
+    for path, found in words.items():
+        if {"train", "val"} <= found:
+            raise DataError(f"{path}: both train and val are in its name; rename it after the one that it is")
+    return [path for path, found in words.items() if split in found]
+
+
+def open_tokens(path):
+    """
+    A .bin file as its tokens, (n,) uint16 with n at least 1, and the mmap that they lie in; nothing is read yet.
+    Raises DataError if the file is not a whole one of our format, ConfigError if it is none at all.
     """
     path = Path(path)
     again = f"delete it and run: {rebuild_command(path.parent)}"
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 256)
-    if len(header) < 256:
-        raise DataError(f"{path}: {size} bytes are too few for the header; {again}")
-    magic, version, n_tokens = (int(value) for value in header[:3])
-    if magic != MAGIC:
-        raise DataError(f"{path}: not a file of tokens (magic {magic}, not {MAGIC}); {again}")
-    if version != VERSION:
-        raise DataError(f"{path}: format version {version}, and only {VERSION} is known; {again}")
-    if size != HEADER_BYTES + 2 * n_tokens:
-        raise DataError(f"{path}: truncated or damaged: the header counts {n_tokens} tokens, the file has room for "
-                        f"{(size - HEADER_BYTES) / 2:g}; {again}")
-    return n_tokens
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = np.fromfile(file, "<i4", 256)
+        if len(header) < 256:
+            raise DataError(f"{path}: {size} bytes are too few for the header; {again}")
+        magic, version, n_tokens = (int(value) for value in header[:3])
+        if (magic, version) != (MAGIC, VERSION):
+            raise DataError(f"{path}: not a file of tokens (magic {magic}, version {version}, and not {MAGIC}, "
+                            f"{VERSION}); {again}")
+        if n_tokens < 1 or size != HEADER_BYTES + 2 * n_tokens:
+            raise DataError(f"{path}: truncated or damaged: the header counts {n_tokens} tokens, the file has room for "
+                            f"{(size - HEADER_BYTES) / 2:g}; {again}")
+        content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    return np.frombuffer(content, "<u2", offset=HEADER_BYTES), content
 
 
 class BinWriter:
@@ -72,7 +90,7 @@ class BinWriter:
 
     The path holds either what it held before or the whole new file, never a part: everything goes to a temporary file
     beside it, renamed at the end. The process id in its name lets two first runs prepare the same corpus at once, and
-    the suffix .part keeps what a kill leaves behind from being read as data.
+    the suffix .part keeps what a kill leaves there from being read as data.
     """
 
     def __init__(self, path):
@@ -80,20 +98,18 @@ class BinWriter:
         self.temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
 
     def __enter__(self):
+        if self.path.exists() and not self.path.is_file():
+            raise DataError(f"{self.path}: in the way, and no file; remove it or name another --out")
         self.file = open(self.temporary, "wb+")
         self.file.write(bytes(HEADER_BYTES))
         return self
 
     def write(self, tokens):
-        """
-        Appends tokens: a uint16 array, or any integers that fit.
-        Raises DataError for a token that does not, or for more tokens than the header can count.
-        """
+        """Appends integers. Raises DataError for one that is no uint16, or for more than the header can count."""
         tokens = np.asarray(tokens)
-        if tokens.dtype != np.uint16 and tokens.size:
-            if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() > 65535:
-                raise DataError(f"{self.path}: tokens must be integers from 0 to 65535 to fit in uint16; "
-                                "use a tokenizer with a smaller vocabulary")
+        if tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() > 65535):
+            raise DataError(f"{self.path}: tokens must be integers from 0 to 65535 to fit in uint16; "
+                            "use a tokenizer with a smaller vocabulary")
         if self.count + tokens.size >= 2 ** 31:
             raise DataError(f"{self.path}: one file cannot count 2**31 tokens; prepare a part of the corpus, "
                             "or bytes with --tokenizer gpt2 (about a quarter of the tokens)")
@@ -130,38 +146,40 @@ class BinWriter:
 
 def write_meta(folder, tokenizer):
     """
-    Writes meta.json for the .bin files of a folder and returns its content. It comes last, so its presence says that
-    the folder is complete. `tokenizer` is a Tokenizer, or None for GPT-2's where tiktoken is not to be had.
-
-    bytes_per_token turns nats per token into bits per byte. It is the mean over the validation tokens, separators
-    included: a separator is a token to predict, and 0 bytes of text.
+    Writes meta.json for the .bin files of a folder and returns its content. It comes last: it says that they are whole
+    and belong together. tokenizer: what has its name and its vocab_size
     """
     folder = Path(folder)
-    meta = {"tokenizer": tokenizer.name if tokenizer else "gpt2",
-            "vocab_size": tokenizer.vocab_size if tokenizer else 50257}
+    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
     for split in ("train", "val"):
-        meta[f"{split}_tokens"] = sum(read_header(path) for path in sorted(folder.glob(f"*{split}*.bin")))
-    meta["bytes_per_token"] = None
-    if tokenizer:
-        counts = token_counts(folder, "val")
-        lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(len(counts))])
-        lengths[tokenizer.separator] = 0
-        meta["bytes_per_token"] = float(counts @ lengths / counts.sum())
-    temporary = folder / f"meta.json.{os.getpid()}.part"
-    temporary.write_text(json.dumps(meta, indent=2) + "\n")
-    os.replace(temporary, folder / "meta.json")
+        meta[f"{split}_tokens"] = sum(len(open_tokens(path)[0]) for path in split_files(folder, split))
+    (folder / UNFINISHED).write_text(json.dumps(meta, indent=2) + "\n")
+    os.replace(folder / UNFINISHED, folder / "meta.json")
     return meta
 
 
-def token_counts(folder, split):
-    """How often each of the 65,536 possible tokens occurs in a split, (65536,) int64."""
-    counts = np.zeros(65536, np.int64)
-    for path in sorted(Path(folder).glob(f"*{split}*.bin")):
-        # In pieces, because bincount makes an int64 of each token.
-        tokens = np.memmap(path, "<u2", "r", HEADER_BYTES, (read_header(path),))
-        for start in range(0, len(tokens), 2 ** 24):
-            counts += np.bincount(tokens[start:start + 2 ** 24], minlength=65536)
-    return counts
+def read_meta(folder):
+    """
+    meta.json of a folder, a dict, {} where there is none, as beside other people's shards.
+    Raises DataError for one that cannot be right, and for a folder whose prepare.py was stopped between two files.
+    """
+    path, again = Path(folder) / "meta.json", rebuild_command(folder)
+    if path.with_name(UNFINISHED).exists():
+        raise DataError(f"{folder}: not whole, prepare.py is at it or was stopped; if it was, run: {again}")
+    if not path.exists():
+        return {}
+    try:
+        meta = read_json(path)
+        check(f"{path}: tokenizer", meta.get("tokenizer", ""), str)
+        check(f"{path}: vocab_size", meta.get("vocab_size", 1), Annotated[int, 1, 65536])
+    except ConfigError as error:
+        raise DataError(f"{error}; delete it and run: {again}") from None
+    return meta
+
+
+def vocabulary(folder):
+    """How many tokens a folder's tokenizer has: meta.json's number, or GPT-2's for other people's shards."""
+    return read_meta(folder).get("vocab_size", GPT2Tokenizer.vocab_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,21 +203,27 @@ class GPT2Tokenizer:
     """GPT-2's byte pairs, by tiktoken. A model's vocabulary padded to 50,304 can produce tokens it does not know."""
 
     name, vocab_size, separator = "gpt2", 50257, 50256
+    longest_run = 2 ** 19  # of blanks; at about a million tiktoken's regular expression runs out of stack
 
     def __init__(self):
         try:
             import tiktoken
-        except ImportError:
-            raise DataError("tokenizer gpt2: tiktoken is not installed; run: pip install tiktoken") from None
-        try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:  # a dozen kinds, of requests, urllib3, the disk and tiktoken's own checksums
-            raise DataError(f"tokenizer gpt2: tiktoken cannot get its files ({type(error).__name__}); connect to the "
-                            "network once, or set TIKTOKEN_CACHE_DIR to a folder that has them") from None
+            raise DataError(f"tokenizer gpt2: tiktoken or its files are missing ({type(error).__name__}); pip install "
+                            "tiktoken, and connect to the network once or set TIKTOKEN_CACHE_DIR to a folder that has "
+                            "the files") from None
 
     def encode(self, text):
         """str -> (n,) uint16; the text <|endoftext|> is text here, never the separator"""
-        return np.array(self.bpe.encode_ordinary(text), np.uint16)
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair has no UTF-8
+        cuts = [0]
+        for run in re.finditer(r"\s+", text) if len(text) > self.longest_run else ():
+            cuts += range(run.start() + self.longest_run, run.end(), self.longest_run)
+        pieces = (text[start:end] for start, end in zip(cuts, cuts[1:] + [None]))
+        # Not encode_ordinary: its list of Python's ints is made under the interpreter's lock, and threads wait for it.
+        tokens = [self.bpe.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        return np.concatenate(tokens).astype(np.uint16)
 
     def token_bytes(self, token):
         """int -> bytes, empty for a token that does not exist"""
@@ -229,8 +253,8 @@ class Tokens:
     batch() is a pure function of (files, seed, index): a run that resumes at step s, or ranks that share a batch, ask
     for the indices they need and get what one uninterrupted process would have seen.
 
-    n_tokens int · n_windows int, for window() · windows_per_epoch int, for batch() · paths [Path] · meta dict, {} if
-    the folder has no meta.json
+    n_tokens int · n_windows int, for window() · windows_per_epoch int, for batch() · paths [Path] · meta dict, as
+    read_meta gives it · tokenizer str, or None where it is not known
     Raises DataError, naming the file, for data that is missing, damaged, too short or of a larger vocabulary.
     """
 
@@ -238,26 +262,27 @@ class Tokens:
         self.folder, self.split, self.seed = Path(folder), split, seed
         self.block_size, self.vocab_size = block_size, vocab_size
         again = rebuild_command(self.folder)
-        self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
+        self.paths = split_files(self.folder, split)
         if not self.paths:
-            raise DataError(f"{self.folder}: no {split} tokens there (*{split}*.bin); make them with: {again}")
-        self.meta = self._read_meta(again)
+            raise DataError(f"{self.folder}: no {split} tokens there (a .bin with the word {split} in its name); make "
+                            f"them with: {again}")
+        self.meta = read_meta(self.folder)
+        # Shards without a meta.json are other people's: GPT-2's, unless the vocabulary is too small for them.
+        gpt2 = not self.meta and vocab_size >= GPT2Tokenizer.vocab_size
+        self.tokenizer = self.meta.get("tokenizer", "gpt2" if gpt2 else None)
         if self.meta.get("vocab_size", 0) > vocab_size:
             raise DataError(f"{self.folder}: its tokenizer has {self.meta['vocab_size']} tokens and the model only "
                             f"{vocab_size}; set --vocab_size={self.meta['vocab_size']} or more")
-        self.lengths = np.array([read_header(path) for path in self.paths], np.int64)
-        for path, length in zip(self.paths, self.lengths):
-            if length == 0:
-                raise DataError(f"{path}: empty; delete it and run: {again}")
-        self.n_tokens = int(self.lengths.sum())
-        if self.lengths.max() <= block_size:
-            raise DataError(f"{self.folder}: the longest {split} file has {self.lengths.max()} tokens, and block_size "
-                            f"{block_size} needs one more than itself; set --block_size={self.lengths.max() - 1} or "
-                            "less, or prepare more text")
+        tokens, self.maps = zip(*(open_tokens(path) for path in self.paths))
+        self.lengths = np.array([len(shard) for shard in tokens], np.int64)
+        self.n_tokens, longest = int(self.lengths.sum()), int(self.lengths.max())
+        if longest <= block_size:
+            shorter = f"set --block_size={longest - 1} or less, or " * (longest > 1)
+            raise DataError(f"{self.folder}: the longest {split} file has {longest} tokens, and block_size "
+                            f"{block_size} needs one more than itself; {shorter}prepare more text")
         # Every window of every shard as a row of block_size + 1 tokens; a view, nothing is read yet.
-        self.rows = [np.lib.stride_tricks.sliding_window_view(
-            np.memmap(path, "<u2", "r", HEADER_BYTES, (int(n),)), block_size + 1) if n > block_size else None
-            for path, n in zip(self.paths, self.lengths)]
+        self.rows = [np.lib.stride_tricks.sliding_window_view(shard, block_size + 1)
+                     if len(shard) > block_size else None for shard in tokens]
 
         # In training a shard gives up one window, so that the rest can start at an offset that differs by epoch and
         # the number of windows does not. A window reads one token more than it advances: the last one's target.
@@ -268,15 +293,6 @@ class Tokens:
         self.n_windows, self.windows_per_epoch = int(self.fixed_ends[-1]), int(self.moving_ends[-1])
         # Two, because a batch may straddle epochs; more would cost 80 MB each at 10 million windows.
         self._epoch = lru_cache(2)(self._epoch)
-
-    def _read_meta(self, again):
-        path = self.folder / "meta.json"
-        if not path.exists():
-            return {}
-        try:
-            return dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise DataError(f"{path}: not a JSON object; delete it and run: {again}") from None
 
     def _epoch(self, epoch):
         """The offset of each shard (n_shards,) and the order of the windows (windows_per_epoch,) in one epoch."""
@@ -293,10 +309,10 @@ class Tokens:
         epochs, positions = np.divmod(np.arange(first, first + count), self.windows_per_epoch)
         shard, start = np.empty(count, np.int64), np.empty(count, np.int64)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
+            mask = epochs == epoch
             offsets, order = self._epoch(int(epoch))
-            shard[here], start[here] = self._locate(order[positions[here]], self.moving_ends)
-            start[here] += offsets[shard[here]]
+            shard[mask], start[mask] = self._locate(order[positions[mask]], self.moving_ends)
+            start[mask] += offsets[shard[mask]]
         return self._read(shard, start)
 
     def window(self, first, count):
@@ -308,6 +324,22 @@ class Tokens:
             raise IndexError(f"windows {first} to {first + count - 1} of {self.n_windows}")
         return self._read(*self._locate(np.arange(first, first + count), self.fixed_ends))
 
+    def bytes_per_token(self, n_windows):
+        """
+        Mean bytes of text in a target of the first n_windows windows, float: what turns their mean loss in nats into
+        bits per byte. None where the tokenizer is not known or not to be had.
+        """
+        try:
+            tokenizer = load_tokenizer(self.tokenizer)
+            lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(65536)])
+            lengths[tokenizer.separator] = 0  # a token to predict, and no text
+            step = max(1, 2 ** 20 // self.block_size)
+            total = sum(lengths[self.window(first, min(step, n_windows - first))[1]].sum()
+                        for first in range(0, n_windows, step))
+        except DataError:
+            return None
+        return float(total / (n_windows * self.block_size))
+
     def _locate(self, windows, ends):
         """Numbers of windows (n,) -> their shards (n,) and first tokens (n,), given where each shard's windows end."""
         shard = np.searchsorted(ends, windows, side="right")
@@ -317,8 +349,12 @@ class Tokens:
     def _read(self, shard, start):
         rows = np.empty((len(shard), self.block_size + 1), np.uint16)
         for s in np.unique(shard):
-            here = shard == s
-            rows[here] = self.rows[s][start[here]]
+            # To read past the end of a file that was cut kills the process; it may still be cut just now.
+            if self.maps[s].size() < len(self.maps[s]):
+                raise DataError(f"{self.paths[s]}: was cut while it was read; make it anew with: "
+                                f"{rebuild_command(self.folder)}, then go on with --resume=True")
+            mask = shard == s
+            rows[mask] = self.rows[s][start[mask]]
         # On a GPU an index past the embedding is a device assert far from here, on a CPU a crash without a file name.
         if rows.max(initial=0) >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
@@ -336,12 +372,12 @@ class Tokens:
         """
         digest, piece = hashlib.sha256(), 2 ** 16
         whole = 2 * self.n_tokens <= 64 * 2 ** 20
-        for path, length in zip(self.paths, self.lengths):
+        for path, length, file in zip(self.paths, self.lengths, self.maps):
             digest.update(f"{path.name} {length}\n".encode())
-            content = np.memmap(path, np.uint8, "r", HEADER_BYTES, (int(2 * length),))
+            content = memoryview(file)[HEADER_BYTES:]
             if whole or len(content) <= 16 * piece:
                 digest.update(content)
             else:
-                for start in np.linspace(0, len(content) - piece, 16).astype(np.int64):
+                for start in np.linspace(0, len(content) - piece, 16).astype(np.int64).tolist():
                     digest.update(content[start:start + piece])
         return digest.hexdigest()

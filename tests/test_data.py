@@ -10,17 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tokens import (
-    HERE,
-    BinWriter,
-    DataError,
-    Tokens,
-    data_folder,
-    load_tokenizer,
-    read_header,
-    rebuild_command,
-    write_meta,
-)
+from configurator import ConfigError
+from data.tokens import (HERE, UNFINISHED, BinWriter, DataError, Tokens, data_folder, load_tokenizer, open_tokens,
+                         read_meta, rebuild_command, split_files, vocabulary, write_meta)
 
 B = 8  # block size
 
@@ -63,7 +55,8 @@ def test_layout_is_that_of_llm_c(tmp_path):
     header = np.fromfile(path, "<i4", 256)
     assert header[:3].tolist() == [20240520, 1, 3] and not header[3:].any()
     assert path.read_bytes()[1024:] == b"\1\0\2\0\xff\xff"
-    assert read_header(path) == 3
+    tokens, content = open_tokens(path)
+    assert tokens.tolist() == [1, 2, 65535] and tokens.dtype == np.uint16 and content.size() == 1030
 
 
 def test_writer_appends_and_cuts(tmp_path):
@@ -73,8 +66,7 @@ def test_writer_appends_and_cuts(tmp_path):
         out.write(np.array([4, 5], np.uint16))
         assert out.cut(2).tolist() == [4, 5]
         out.write([6])
-    assert np.fromfile(tmp_path / "a.bin", "<u2", offset=1024).tolist() == [1, 2, 3, 6]
-    assert read_header(tmp_path / "a.bin") == 4
+    assert open_tokens(tmp_path / "a.bin")[0].tolist() == [1, 2, 3, 6]
 
 
 @pytest.mark.parametrize("tokens", [[-1], [65536], [1.5], [True]])
@@ -116,17 +108,42 @@ with BinWriter({str(path)!r}) as out:
     assert Tokens(tmp_path, "train", B, 1000).n_tokens == 50
 
 
-def test_meta_counts_separators_as_tokens_without_text(tmp_path):
-    bytes_ = load_tokenizer("bytes")
+def test_meta_names_the_tokenizer_and_comes_last(tmp_path):
     write(tmp_path / "train.bin", [0, 65])
     write(tmp_path / "val.bin", [0, 65, 66, 67])
-    assert write_meta(tmp_path, bytes_) == json.loads((tmp_path / "meta.json").read_text()) == {
-        "tokenizer": "bytes", "vocab_size": 256, "train_tokens": 2, "val_tokens": 4, "bytes_per_token": 0.75}
+    (tmp_path / UNFINISHED).touch()
+    meta = write_meta(tmp_path, load_tokenizer("bytes"))
+    assert meta == json.loads((tmp_path / "meta.json").read_text()) == read_meta(tmp_path) == {
+        "tokenizer": "bytes", "vocab_size": 256, "train_tokens": 2, "val_tokens": 4}
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize("names, train, val", [
+    (["train.bin", "val.bin"], ["train.bin"], ["val.bin"]),
+    (["fineweb_val_000000.bin", "fineweb_train_000001.bin"], ["fineweb_train_000001.bin"], ["fineweb_val_000000.bin"]),
+    (["retrieval_train.bin", "val1.bin"], ["retrieval_train.bin"], ["val1.bin"]),
+    (["interval.bin", "trains.bin", "train.bin.1.part", "train.txt", "x-train-0.bin"], ["x-train-0.bin"], []),
+])
+def test_splits_are_whole_words_in_a_name(tmp_path, names, train, val):
+    for name in names:
+        (tmp_path / name).touch()
+    for split, wanted in (("train", train), ("val", val)):
+        assert [path.name for path in split_files(tmp_path, split)] == wanted
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_name_with_both_splits_is_refused(folder, split):
+    path = write(folder / "val_of_train.bin", range(100))
+    with pytest.raises(DataError) as error:
+        Tokens(folder, split, B, 1200)
+    one_line(error, str(path), "both train and val", "rename")
 
 
 def test_folder_of_a_name_and_of_a_path():
     assert data_folder("pysrc_gpt2") == HERE / "pysrc_gpt2"
     assert data_folder("./mine") == Path("mine")
+    assert data_folder("~") == Path.home() and data_folder("~/mine") == Path.home() / "mine"
+    assert data_folder("~nobody_of_that_name/x") == Path("~nobody_of_that_name/x")
 
 
 @pytest.mark.parametrize("folder, command", [
@@ -165,6 +182,37 @@ def test_tokens_that_do_not_exist_have_no_bytes(tokenizer):
 
 def test_bytes_drop_the_separator():
     assert load_tokenizer("bytes").encode("a\0b").tolist() == [97, 98]
+
+
+RUN = 1_100_000  # tiktoken's regular expression runs out of stack at 1,000,000 blanks in a row
+
+
+@pytest.mark.parametrize("text", [" " * RUN + "x", "x" + "\n" * RUN + "x", " \t\u00a0\u3000\x1c" * (RUN // 5) + " x y",
+                                  " " * RUN, "x" * RUN, (" " * 2 ** 19 + "x") * 3])
+def test_runs_of_a_million_blanks(tokenizer, text):
+    tokens = tokenizer.encode(text)
+    assert b"".join(tokenizer.token_bytes(int(token)) for token in tokens) == text.encode()
+
+
+@pytest.mark.parametrize("run", ["\n" * 9, " " * 7 + "x", " \n" * 5])
+def test_runs_are_cut_only_where_they_must_be(tokenizer, monkeypatch, run):
+    if tokenizer.name == "bytes":
+        return
+    text = ("some" + run + "words ") * 50
+    plain = tokenizer.encode(text)
+    assert plain.tolist() == tokenizer.bpe.encode_ordinary(text)
+    monkeypatch.setattr(type(tokenizer), "longest_run", 20)
+    assert tokenizer.encode(text).tolist() == plain.tolist()
+    monkeypatch.setattr(type(tokenizer), "longest_run", 4)
+    cut = tokenizer.encode(text)
+    assert tokenizer.bpe.decode_bytes(cut.tolist()) == text.encode()
+    # no word lost the blank before it
+    assert tokenizer.bpe.encode_ordinary(" x")[0] in cut or "x" not in run
+
+
+def test_half_a_surrogate_pair_is_replaced(tokenizer):
+    tokens = tokenizer.encode("a\ud800b")
+    assert b"".join(tokenizer.token_bytes(int(token)) for token in tokens) == b"a?b"
 
 
 def test_tokenizer_refusals(tmp_path):
@@ -251,6 +299,38 @@ def test_evaluation_windows_are_in_order_and_apart(train):
             train.window(first, count)
 
 
+def test_bytes_are_those_of_the_tokens_that_were_evaluated(tmp_path, tokenizer):
+    """Two texts, of which the first has much longer tokens: the mean of both is right for neither."""
+    first, then = " international" * 400, "é" * 4000
+    for name, text in (("val_0", first), ("val_1", then), ("train", first)):
+        write(tmp_path / f"{name}.bin", [tokenizer.separator, *tokenizer.encode(text)])
+    write_meta(tmp_path, tokenizer)
+    data = Tokens(tmp_path, "val", B, 50257)
+    for n in (1, 7, (data.lengths[0] - 1) // B, data.n_windows):
+        targets = data.window(0, n)[1].ravel().tolist()
+        text = b"".join(tokenizer.token_bytes(token) for token in targets if token != tokenizer.separator)
+        assert data.bytes_per_token(int(n)) == len(text) / (n * B)
+    if tokenizer.name == "gpt2":
+        assert data.bytes_per_token(7) == len(" international") != data.bytes_per_token(data.n_windows)
+
+
+def test_bytes_are_counted_in_pieces_and_without_separators(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 3, 2 ** 21 + 1)
+    write(tmp_path / "val.bin", tokens)
+    write_meta(tmp_path, load_tokenizer("bytes"))
+    data = Tokens(tmp_path, "val", 1024, 256)
+    assert data.n_windows == 2048
+    assert data.bytes_per_token(2048) == (tokens[1:] != 0).mean()
+    assert data.bytes_per_token(1500) == (tokens[1:1500 * 1024 + 1] != 0).mean()
+
+
+@pytest.mark.parametrize("meta", ['{"tokenizer": "mine", "bytes_per_token": 4}', '{"vocab_size": 9}', None])
+def test_bytes_of_tokens_that_nobody_knows(folder, meta):
+    if meta:
+        (folder / "meta.json").write_text(meta)
+    assert Tokens(folder, "val", B, 1200).bytes_per_token(2) is None
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 def patch(position, value):
@@ -267,9 +347,10 @@ def patch(position, value):
     (lambda path: path.write_bytes(b"short"), "5 bytes are too few"),
     (lambda path: path.write_bytes(b""), "0 bytes are too few"),
     (patch(0, 20240801), "magic 20240801"),
+    (patch(2, 0), "header counts 0 tokens"),
     (patch(1, 2), "version 2"),
     (patch(2, -1), "header counts -1 tokens"),
-    (lambda path: write(path, []), "empty"),
+    (lambda path: write(path, []), "header counts 0 tokens"),
 ])
 def test_damaged_file_is_refused_by_name(folder, damage, said):
     path = folder / "train_1.bin"
@@ -293,11 +374,62 @@ def test_missing_data_is_refused_with_the_command_that_makes_it(monkeypatch, tmp
     one_line(error, str(data_folder(dataset)), "no nosplit tokens", command)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["train_1.bin", "meta.json"])
+def test_only_regular_files_are_data(folder, make, name):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(ConfigError) as error:
+        Tokens(folder, "train", B, 1200)
+    one_line(error, str(folder / name), "not a regular file")
+
+
+def test_nothing_is_written_over_a_folder(tmp_path):
+    (tmp_path / "train.bin").mkdir()
+    with pytest.raises(DataError) as error:
+        with BinWriter(tmp_path / "train.bin"):
+            pass
+    one_line(error, str(tmp_path / "train.bin"), "in the way")
+
+
+@pytest.mark.parametrize("read", ["batch", "window"])
+def test_a_file_cut_while_it_is_read_is_refused(tmp_path, read):
+    """In a process of its own: to read past the end of a mapped file is SIGBUS."""
+    code = f"""
+import os
+from data.tokens import *
+with BinWriter("train.bin") as out:
+    out.write(range(50_000))
+data = Tokens(".", "train", 8, 50_000)
+data.{read}(0, data.n_windows if "{read}" == "window" else 1000)
+os.truncate("train.bin", 1024)
+try:
+    data.{read}(0, 1000)
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(HERE.parent)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("train.bin: was cut while it was read") and "--resume=True" in done.stdout
+
+
+def test_a_file_replaced_while_it_is_read_is_read_as_it_was(folder, train):
+    x, y = train.batch(0, 100)
+    write(folder / "train_0.bin", [1, 2, 3])
+    assert (train.batch(0, 100)[0] == x).all()
+
+
 def test_too_short_for_a_block_is_refused(folder):
     assert Tokens(folder, "val", 99, 1200).n_windows == 1
     with pytest.raises(DataError) as error:
         Tokens(folder, "val", 100, 1200)
     one_line(error, str(folder), "longest val file has 100 tokens", "--block_size=99")
+    write(folder / "val.bin", [7])
+    with pytest.raises(DataError) as error:
+        Tokens(folder, "val", 1, 1200)
+    one_line(error, str(folder), "prepare more text")
+    assert "--block_size" not in str(error.value)
 
 
 def test_meta_of_a_larger_vocabulary_is_refused(folder):
@@ -308,12 +440,40 @@ def test_meta_of_a_larger_vocabulary_is_refused(folder):
     one_line(error, str(folder), "--vocab_size=1201")
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "3"])
-def test_unreadable_meta_is_refused(folder, content):
+@pytest.mark.parametrize("content", [
+    "{", "[1]", "3", '{"a": ' * 100_000, "[" * 10 ** 6, '{"vocab_size": "256"}', '{"vocab_size": 0}',
+    '{"vocab_size": 1e9}', '{"vocab_size": 65537}', '{"vocab_size": true}', '{"vocab_size": NaN}',
+    '{"vocab_size": null}', '{"tokenizer": ["bytes"]}'])
+def test_meta_that_cannot_be_right_is_refused(folder, content):
     (folder / "meta.json").write_text(content)
-    with pytest.raises(DataError) as error:
-        Tokens(folder, "train", B, 1200)
-    one_line(error, str(folder / "meta.json"), "delete it")
+    for read in (lambda: Tokens(folder, "train", B, 1200), lambda: vocabulary(folder)):
+        with pytest.raises(DataError) as error:
+            read()
+        one_line(error, str(folder / "meta.json"), "delete it")
+
+
+def test_what_nobody_reads_in_meta_may_be_anything(folder):
+    (folder / "meta.json").write_text('{"vocab_size": 1200, "tokenizer": "bytes", "bytes_per_token": "bad", "x": [{}]}')
+    data = Tokens(folder, "train", B, 1200)
+    assert data.tokenizer == "bytes" and data.bytes_per_token(3) > 0
+
+
+def test_a_folder_that_is_half_one_corpus_and_half_another_is_refused(folder):
+    (folder / UNFINISHED).touch()
+    for read in (lambda: Tokens(folder, "train", B, 1200), lambda: vocabulary(folder)):
+        with pytest.raises(DataError) as error:
+            read()
+        one_line(error, str(folder), "prepare.py", "python data/text/prepare.py FOLDER --out")
+
+
+def test_vocabulary_and_tokenizer_of_a_folder(folder):
+    assert vocabulary(folder) == 50257  # other people's shards have no meta.json
+    # a smaller model's tokens cannot be GPT-2's, whatever they are
+    assert [Tokens(folder, "val", B, n).tokenizer for n in (256, 50256, 50257, 50304)] == [None, None, "gpt2", "gpt2"]
+    (folder / "meta.json").write_text('{"vocab_size": 1200}')
+    assert vocabulary(str(folder)) == 1200 and Tokens(folder, "val", B, 50257).tokenizer is None
+    write_meta(folder, load_tokenizer("bytes"))
+    assert vocabulary(folder) == 256 and Tokens(folder, "val", B, 256).tokenizer == "bytes"
 
 
 @pytest.mark.parametrize("read", ["batch", "window"])

@@ -10,8 +10,8 @@ from pathlib import Path
 if __name__ == "__main__":  # Python has put this folder on the path, not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.corpus import Parser, command_line, write_corpus
-from data.tokens import HERE, DataError
+from data.corpus import Parser, command_line, home, write_corpus
+from data.tokens import HERE
 
 
 def source_files(site_packages=False):
@@ -25,19 +25,15 @@ def source_files(site_packages=False):
     for root in dict.fromkeys(Path(sysconfig.get_path(name)) for name in names):
         for path in root.rglob("*.py"):
             key = path.relative_to(root)
-            if not skip & set(key.parts):
+            if not skip & set(key.parts) and path.is_file():
                 files.setdefault(path.resolve(), key.as_posix())  # lib64 may be a link to lib
     return [(key, path) for path, key in files.items()]
 
 
-def prepare(out=None, tokenizer="bytes", site_packages=False, quiet=False):
+def prepare(out=None, tokenizer="bytes", site_packages=False):
     """Writes the corpus and returns its folder. Raises DataError."""
-    out = Path(out or HERE / ("pysrc" + "_gpt2" * (tokenizer == "gpt2") + "_site" * site_packages))
-    files = source_files(site_packages)
-    if not files:
-        raise DataError(f"{sysconfig.get_path('stdlib')}: no Python source there; run this with a Python that has its "
-                        "library as files, or use python data/text/prepare.py FOLDER")
-    write_corpus(files, out, tokenizer, quiet)
+    out = out or HERE / ("pysrc" + "_gpt2" * (tokenizer == "gpt2") + "_site" * site_packages)
+    write_corpus(source_files(site_packages), out, tokenizer)
     return out
 
 
@@ -47,6 +43,6 @@ if __name__ == "__main__":
                         help="bytes (vocabulary 256) or GPT-2 byte pairs (50257) (default: %(default)s)")
     parser.add_argument("--site_packages", action="store_true",
                         help="add all that is installed to the standard library")
-    parser.add_argument("--out", help="folder to write (default: data/pysrc; with _gpt2 and _site appended for "
-                                      "--tokenizer gpt2 and --site_packages)")
+    parser.add_argument("--out", type=home, help="folder to write (default: data/pysrc; with _gpt2 and _site appended "
+                                                 "for --tokenizer gpt2 and --site_packages)")
     command_line(prepare, parser)

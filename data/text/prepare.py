@@ -10,17 +10,21 @@ from pathlib import Path
 if __name__ == "__main__":  # Python has put this folder on the path, not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.corpus import Parser, command_line, write_corpus
+from data.corpus import Parser, command_line, home, write_corpus
 from data.tokens import HERE, DataError
 
 
-def prepare(folder, glob=None, tokenizer="bytes", out=HERE / "text", quiet=False):
+def prepare(folder, glob=None, tokenizer="bytes", out=HERE / "text"):
     """Writes the corpus of the files that match a pattern of the list and returns its folder. Raises DataError."""
-    folder, out, glob = Path(folder), Path(out), glob or ["*"]
+    glob = glob or ["*"]
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; name one that holds text files")
     files = set()
-    for path in (path for pattern in glob for path in folder.rglob(pattern)):
+    try:
+        found = [path for pattern in glob for path in folder.rglob(pattern)]
+    except (ValueError, NotImplementedError) as error:  # empty, absolute
+        raise DataError(f"--glob {' '.join(glob)}: {error}; a pattern is like *.txt") from None
+    for path in found:
         key = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in key.parts)
         # Our own meta.json is text too, and would make a second run differ from the first.
@@ -28,17 +32,17 @@ def prepare(folder, glob=None, tokenizer="bytes", out=HERE / "text", quiet=False
             files.add((key.as_posix(), path))
     if not files:
         raise DataError(f"{folder}: no files match {' '.join(glob)}; name another folder or --glob")
-    write_corpus(files, out, tokenizer, quiet)
+    write_corpus(files, out, tokenizer)
     return out
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("folder", metavar="FOLDER", help="where the text is, in subfolders too")
+    parser.add_argument("folder", type=home, metavar="FOLDER", help="where the text is, in subfolders too")
     parser.add_argument("--glob", action="append", metavar="PATTERN",
                         help="which files, such as '*.txt'; may be repeated (default: all)")
     parser.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="bytes",
                         help="bytes (vocabulary 256) or GPT-2 byte pairs (50257) (default: %(default)s)")
-    parser.add_argument("--out", default=HERE / "text",
+    parser.add_argument("--out", type=home, default=HERE / "text",
                         help="folder to write; train with --dataset=FOLDER (default: data/text)")
     command_line(prepare, parser)
