@@ -109,10 +109,15 @@ def to_device(arrays, device):
     return tuple(t.to(device) for t in tensors)
 
 
+def eval_windows(data, s):
+    """How many windows of the validation split hold its first eval_tokens; one at least."""
+    return min(data.n_windows, max(1, s.eval_tokens // s.block_size))
+
+
 @torch.no_grad()
 def evaluate(model, data, s, device, rank, world):
     """Mean loss over the first eval_tokens of the validation split: the same tokens at every step, on any world."""
-    n = min(data.n_windows, max(1, s.eval_tokens // s.block_size))
+    n = eval_windows(data, s)
     total = 0.0
     for first in range(rank * s.micro_batch, n, world * s.micro_batch):
         count = min(s.micro_batch, n - first)
@@ -153,7 +158,7 @@ def main(s, config_files=()):
         dist.barrier()
     train_data = Tokens(folder, "train", s.block_size, s.vocab_size, s.seed)
     val_data = Tokens(folder, "val", s.block_size, s.vocab_size)
-    tokenizer = train_data.meta.get("tokenizer", "gpt2")  # shards without a meta.json are other people's: GPT-2's
+    tokenizer = train_data.tokenizer
     if init_tokenizer and init_tokenizer != tokenizer:
         raise ConfigError(f"{s.init_from} knows tokens of {init_tokenizer!r}, and {folder} has {tokenizer!r}")
     fingerprint = {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
@@ -319,7 +324,7 @@ def main(s, config_files=()):
         if s.sample_tokens:
             show_sample(raw_model, tokenizer, s, device)
         summary = {"val_loss": f"{val_loss:.4f}"}
-        if bytes_per_token := val_data.meta.get("bytes_per_token"):
+        if bytes_per_token := val_data.bytes_per_token(eval_windows(val_data, s)):
             summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"
         rate = timed_steps * s.batch_tokens / timed_seconds if timed_steps else 0.0
         summary.update(steps=step, tokens=step * s.batch_tokens, tokens_per_second=f"{rate:.0f}")

@@ -17,7 +17,7 @@ from conftest import ROOT, snapshot
 
 import train
 from configurator import ConfigError, configure
-from data.tokens import BinWriter, DataError
+from data.tokens import BinWriter, DataError, load_tokenizer, write_meta
 from norms import ScaleVector
 from runs import load_checkpoint
 from settings import Settings, batch_plan
@@ -162,6 +162,33 @@ def test_evaluation_uses_the_same_tokens_whatever_the_micro_batch(settings, corp
 
 
 # faults
+
+def test_bits_per_byte_are_those_of_the_tokens_that_were_evaluated(settings, corpus, tmp_path, capsys):
+    """Half of these validation tokens are separators, which are no text, and they come after the evaluated ones."""
+    for split in ("train", "val"):
+        with BinWriter(tmp_path / f"{split}.bin") as out:
+            out.write(np.tile(np.arange(97, 105), 100))
+            out.write(np.zeros(800 * (split == "val"), np.uint16))
+    write_meta(tmp_path, load_tokenizer("bytes"))
+    # all are 99 windows of 16, and the first token is no target
+    for eval_tokens, bytes_per_token in ((512, 1), (10 ** 6, 799 / 1584)):
+        out_dir = str(tmp_path / str(eval_tokens))
+        main(settings(dataset=str(tmp_path), eval_tokens=eval_tokens, max_steps=2, out_dir=out_dir))
+        printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+        expected = float(printed["val_loss"]) / math.log(2) / bytes_per_token
+        assert float(printed["val_bpb"]) == pytest.approx(expected, abs=2e-4)
+
+
+def test_shards_without_a_meta_json_need_no_tokenizer(settings, corpus, tmp_path, capsys):
+    """They are GPT-2's where the vocabulary has room for that, and nobody knows whose where it has not."""
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes((corpus / f"{split}.bin").read_bytes())
+    s = settings(dataset=str(tmp_path), vocab_size=256, sample_tokens=5)
+    main(s)
+    printed = capsys.readouterr().out
+    assert "val_loss: " in printed and "val_bpb" not in printed
+    assert load_checkpoint(Path(s.out_dir) / "ckpt.pt")["tokenizer"] is None
+
 
 def test_divergence_stops_with_the_step_and_keeps_the_checkpoint(settings, monkeypatch):
     s = settings(max_steps=20)
