@@ -85,32 +85,31 @@ def open_tokenizer(name, folder):
 def main(args):
     prompt = read_prompt(args)
 
-    from dataclasses import replace
-
     import torch
 
     from devices import pick_device
+<<<<<<< Updated upstream
     from export import open_model
     from folding import fold, load
     from model import GPT
+=======
+    from hf import open_model
+>>>>>>> Stashed changes
     from settings import Settings
 
     device, dtype = pick_device(Settings(device=args.device))
-    trained, name = open_model(args.model)
+    model, name = open_model(args.model)
+    config = model.config
     encode, decoder = open_tokenizer(name, args.model)
     start = encode(prompt)
     if not start:
         raise ConfigError(f"{args.model}: its tokenizer begins a document with nothing; give it a --prompt")
-    if max(start) >= trained.config.vocab_size:
+    if max(start) >= config.vocab_size:
         raise ConfigError(f"{args.model}: its tokenizer knows token {max(start)}, and the model "
-                          f"{trained.config.vocab_size} tokens")
-    # folded, so that generating spends nothing on scale vectors; and no cache for more tokens than there will be
-    config, tensors = fold(trained)
-    block_size = min(config.block_size, len(start) + args.max_new_tokens)
-    model = GPT(replace(config, dtype=dtype, block_size=block_size))
-    load(model, tensors)
+                          f"{config.vocab_size} tokens")
+    # as it is: its weights are made once, and there is no cache for more tokens than there will be
+    config.dtype, config.block_size = dtype, min(config.block_size, len(start) + args.max_new_tokens)
     model.to(device)
-    del trained, tensors
 
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in range(args.num_samples):

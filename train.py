@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data.tokens import DataError, Tokens, data_folder, load_tokenizer
 from devices import device_name, peak_flops, peak_memory_mb, pick_device
-from folding import adopt, load, read_tensors
+from hf import adopt, load, read_tensors
 from model import GPT
 from moe import balance_routers, take_router_statistics
 from norms import ScaleVector

@@ -1,5 +1,5 @@
 """
-export.py and folding.py: what is handed over computes the same function, by transformers itself and by our own code;
+export.py and hf.py: what is handed over computes the same function, by transformers itself and by our own code;
 nothing half is left, nothing is overwritten unasked.
 """
 
@@ -7,17 +7,25 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 from conftest import ROOT
 
 import export
+<<<<<<< Updated upstream
+=======
+import hf
+import model as model_file
+import sample
+from conftest import ROOT
+>>>>>>> Stashed changes
 from configurator import ConfigError, configure
 from data.tokens import DataError, load_tokenizer
-from export import arguments, byte_symbols, main, open_model, write_tokenizer
-from folding import fold, load, read_tensors
+from export import arguments, byte_symbols, main, write_tokenizer
+from hf import fold, hf_type, load, open_model, read_tensors
+from kernels import rms_norm
 from model import GPT
 from moe import mixtures
 from norms import ScaleVector
@@ -134,7 +142,7 @@ def same_by_transformers(case, model, folder, theirs, expected):
     difference = (torch.load(folder / "logits.pt") - ours).abs().max().item()
     print(f"{case}: {theirs['class']}, largest difference {difference:.2g} of logits up to {ours.abs().max():.3g}")
     assert difference < 1e-5
-    if expected != "NanoScaleForCausalLM" and model.config.arch == "llama":
+    if expected != "NanoScaleForCausalLM":
         assert not theirs["norms"]  # all ones
     # the same continuation, also without the cache, and from within a batch with padding on the left
     tokens = torch.cat(list(model.generate(IDS[:, :7], 12, temperature=0)), dim=1)[0].tolist()
@@ -158,9 +166,7 @@ def expected_class(model):
     config = model.config
     if {config.attn_placement, config.ffn_placement} & {"norm", "dual_norm"} or config.n_embd % config.n_head:
         return "NanoScaleForCausalLM"
-    if config.arch == "llama":
-        return "LlamaForCausalLM"
-    return "NanoScaleForCausalLM" if config.qkv_norm == "full" else "Gemma3ForCausalLM"
+    return "LlamaForCausalLM" if config.arch == "llama" else "NanoScaleForCausalLM"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -250,6 +256,92 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
         load(GPT(config), tensors)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# changes to the model that nobody told hf.py about
+
+
+def after_both_sublayers(monkeypatch, change, scaled):
+    """Every attention's and FFN's output goes through change(y, γ), γ a new scale vector of theirs or None."""
+    for layer in (model_file.Attention, model_file.FFN):
+        init, forward = layer.__init__, layer.forward
+
+        def new_init(self, config, *args, init=init, **kw):
+            init(self, config, *args, **kw)
+            self.new_scale = ScaleVector(config.n_embd, "output") if scaled else None
+
+        def new_forward(self, *args, forward=forward, **kw):
+            return change(forward(self, *args, **kw), self.new_scale and self.new_scale())
+
+        monkeypatch.setattr(layer, "__init__", new_init)
+        monkeypatch.setattr(layer, "forward", new_forward)
+
+
+def norm(y, gamma):
+    return rms_norm(y, 1e-6, gamma)
+
+
+@pytest.mark.parametrize("change,scaled,message", [
+    (norm, True, "does not know what blocks.0.attn.new_scale.gamma does"),
+    (norm, False, "would compute another function than the model, off by"),
+    (lambda y, gamma: 1.01 * y, False, "would compute another function than the model, off by"),
+], ids=["a norm with a γ", "a norm", "a factor"])
+@pytest.mark.parametrize("flags", [(), ("--n_experts=4",), ("--placement=dual_norm",)], ids=str)
+def test_a_new_operation_is_sampled_as_it_is_and_refused_by_export(flags, change, scaled, message, tmp_path, monkeypatch,
+                                                                   capsys):
+    after_both_sublayers(monkeypatch, change, scaled)
+    model = save_run(tmp_path / "run", [*TINY, *flags])
+    with pytest.raises(ConfigError, match=message) as e:
+        export_to(tmp_path / "run", tmp_path / "out")
+    assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
+
+    sample.main(sample.arguments([str(tmp_path / "run"), "--device", "cpu", "--temperature", "0", "--max_new_tokens", "30"]))
+    idx = torch.zeros(1, 1, dtype=torch.int64)
+    for _ in range(30):  # without cache and kept weights, by what the model computes now
+        idx = torch.cat((idx, logits(model, idx)[:, -1:].argmax(-1)), dim=1)
+    assert capsys.readouterr().out.encode()[:-1] == bytes(idx[0, 1:].tolist()).decode(errors="replace").encode()
+
+
+def test_without_transformers_an_export_says_that_nobody_compared_it(tmp_path, monkeypatch, capsys):
+    save_run(tmp_path / "run", TINY)
+    export_to(tmp_path / "run", tmp_path / "a")
+    assert "Its logits equal the model's" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    export_to(tmp_path / "run", tmp_path / "b")
+    assert "transformers is not installed here: nobody has compared" in capsys.readouterr().out
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@dataclass
+class NewConfig(GPTConfig):
+    o_norm: bool = False
+
+
+def test_a_new_setting_is_refused_until_a_class_is_taught_it(monkeypatch):
+    monkeypatch.setattr(hf, "GPTConfig", NewConfig)
+    shape = dict(n_layer=1, n_embd=32)
+    for config in (NewConfig(**shape), NewConfig(**shape, router_aux=0.5, reparam="or", dtype="float64")):
+        assert hf_type(*fold(GPT(config))) == "llama"
+    for kw in (dict(), dict(placement="dual_norm"), dict(n_experts=2)):
+        with pytest.raises(ConfigError, match="does not know what o_norm=True does") as e:
+            hf_type(*fold(GPT(NewConfig(**shape, **kw, o_norm=True))))
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name,value", [("arch", "palm"), ("qkv_norm", "none"), ("router", "hash")])
+def test_a_new_value_of_a_setting_is_refused(name, value):
+    config, tensors = fold(GPT(GPTConfig(n_layer=1, n_embd=32, n_experts=3, n_shared_experts=1, expert_dim=8)))
+    assert hf_type(config, tensors) == "nanoscale"
+    with pytest.raises(ConfigError, match=f"does not know what {name}='{value}' does"):
+        hf_type(replace(config, **{name: value}), tensors)
+
+
+def test_a_new_placement_is_refused():
+    model = GPT(GPTConfig(n_layer=1, n_embd=32))
+    model.config.ffn_placement = "triple"
+    with pytest.raises(ConfigError, match="does not know ffn_placement 'triple'"):
+        fold(model)
+
+
 def test_gemmas_vectors_need_a_place():
     config = dict(arch="gemma", n_layer=1, n_embd=32)
     with pytest.raises(ConfigError, match="no place"):
@@ -306,7 +398,7 @@ def content(folder):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full"), SystemExit(143)])
-@pytest.mark.parametrize("step", ["write_tokenizer", "write_json", "hf_tensors"])
+@pytest.mark.parametrize("step", ["write_tokenizer", "write_json", "compare"])
 def test_an_interrupted_export_leaves_nothing_and_takes_nothing(run, tmp_path, monkeypatch, error, step):
     def interrupt(*args):
         raise error

@@ -19,8 +19,14 @@ from test_export import (
 from test_hf import dataset, first_val_loss, from_folder, train, transformers
 
 from configurator import ConfigError, configure
+<<<<<<< Updated upstream
 from export import arguments, main, open_model
 from folding import fold, load, read_tensors
+=======
+from conftest import ROOT
+from export import arguments, main
+from hf import fold, load, open_model, read_tensors
+>>>>>>> Stashed changes
 from model import GPT
 from moe import mixtures, take_router_statistics
 from norms import ScaleVector
@@ -60,13 +66,10 @@ def expected_class(model):
     config = model.config
     normed = {config.attn_placement, config.ffn_placement} & {"norm", "dual_norm"}
     biased = any(ffn.bias.any() for ffn in mixtures(model))
-    if normed or config.arch == "gemma" or config.n_embd % config.n_head or config.n_experts == 1:
+    if normed or config.arch == "gemma" or config.n_embd % config.n_head:
         return "NanoScaleForCausalLM"
-    if config.router == "sigmoid":
-        return "Glm4MoeForCausalLM"
-    if biased:
-        return "NanoScaleForCausalLM"
-    return "Qwen2MoeForCausalLM" if config.n_shared_experts or config.router == "softmax_all" else "MixtralForCausalLM"
+    plain = config.router == "softmax" and not biased and not config.n_shared_experts
+    return "MixtralForCausalLM" if plain else "NanoScaleForCausalLM"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,7 +84,7 @@ def test_our_own_code_computes_the_same_function_from_all_folders(case, exports)
 
 def test_every_class_and_every_setting_was_met(exports):
     classes = {theirs["class"] for _, _, theirs in exports.values()}
-    assert classes == {"MixtralForCausalLM", "Qwen2MoeForCausalLM", "Glm4MoeForCausalLM", "NanoScaleForCausalLM"}
+    assert classes == {"MixtralForCausalLM", "NanoScaleForCausalLM"}
     for router in ROUTERS:
         met = {case.split("-", 2)[2] for case in CASES if f"-{router}-" in case}
         assert len(met) == len(ROUND)
@@ -281,28 +284,6 @@ def test_every_strategy_starts_from_mixtrals_function(flags, form, transformers,
         assert all((length - 1).abs().max() < 1e-5 for length in lengths)
 
 
-QWEN = dict(moe_intermediate_size=24, num_experts=4, shared_expert_intermediate_size=48, qkv_bias=False)
-GLM = dict(moe_intermediate_size=24, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=0, head_dim=8,
-           partial_rotary_factor=1.0)
-
-
-@pytest.mark.parametrize("kind,kw", [("Qwen2Moe", QWEN), ("Qwen2Moe", dict(QWEN, norm_topk_prob=True)),
-                                     ("Glm4Moe", GLM)], ids=str)
-def test_other_classes_are_read_where_they_compute_the_same(kind, kw, transformers, tmp_path):
-    theirs = save_moe(transformers, tmp_path, kind, **kw)
-    with torch.no_grad():
-        for layer in theirs.model.layers:
-            if kind == "Glm4Moe":
-                layer.mlp.gate.e_score_correction_bias.normal_(0, 0.2)
-            else:
-                with pytest.raises(ConfigError, match="its shared experts have a gate"):
-                    from_folder(tmp_path)
-                layer.mlp.shared_expert_gate.weight.zero_()
-        theirs.save_pretrained(tmp_path)
-        model = from_folder(tmp_path, "--heterogeneous=True", "--reparam=or")
-        assert (logits(model, IDS) - theirs(IDS).logits).abs().max() < 1e-5
-
-
 REFUSED = [
     ("Mixtral", {}, dict(sliding_window=64), "its sliding_window is 64"),
     ("Mixtral", {}, dict(num_local_experts=5), "experts.0.w1.weight and the other experts' are not 5"),
@@ -310,20 +291,10 @@ REFUSED = [
     ("Mixtral", {}, dict(num_local_experts="4"), "num_local_experts must be an int"),
     ("Mixtral", {}, dict(num_experts_per_tok=None), "num_experts_per_tok must be an int"),
     ("Mixtral", {}, dict(num_experts_per_tok=5), "experts_per_token 5 is more than n_experts 4"),
-    ("Mixtral", {}, dict(intermediate_size=23), "experts.gate has shape"),
-    ("Mixtral", {}, dict(model_type="llama"), "have no model.layers.0.block_sparse_moe"),
+    ("Mixtral", {}, dict(intermediate_size=23), "experts.down has shape"),
+    ("Mixtral", {}, dict(model_type="llama"), "does not know what num_experts_per_tok 2 does"),
     ("Mixtral", {}, dict(model_type="qwen3_moe"), "model_type is 'qwen3_moe'"),
-    ("Mixtral", {}, dict(hidden_act="gelu"), "activation gelu"),
-    ("Qwen2Moe", QWEN, dict(qkv_bias=True), "its qkv_bias is True"),
-    ("Qwen2Moe", QWEN, dict(mlp_only_layers=[0]), r"its mlp_only_layers is \[0\]"),
-    ("Qwen2Moe", QWEN, dict(use_sliding_window=True), "its use_sliding_window is True"),
-    ("Qwen2Moe", QWEN, dict(norm_topk_prob=1), "norm_topk_prob must be True or False"),
-    ("Qwen2Moe", QWEN, dict(shared_expert_intermediate_size=50), "which is no multiple of an expert's 24"),
-    ("Glm4Moe", GLM, dict(use_qk_norm=True), "its use_qk_norm is True"),
-    ("Glm4Moe", GLM, dict(routed_scaling_factor=2.5), "its routed_scaling_factor is 2.5"),
-    ("Glm4Moe", GLM, dict(first_k_dense_replace=1), "its first_k_dense_replace is 1"),
-    ("Glm4Moe", GLM, dict(rope_parameters={"rope_theta": 1e4}), "RoPE on a part of each head"),
-    ("Glm4Moe", GLM, dict(n_shared_experts=-1), "n_shared_experts must be at least 0"),
+    ("Mixtral", {}, dict(hidden_act="gelu"), "its hidden_act is 'gelu'"),
 ]
 
 
@@ -350,7 +321,7 @@ def test_what_a_config_leaves_to_the_class_is_asked_for(key, transformers, tmp_p
 @pytest.mark.parametrize("settings,message", [
     (dict(router="hash"), "router must be one of softmax, softmax_all, sigmoid, not 'hash'"),
     (dict(n_experts=-1, experts_per_token=-1), "n_experts must be at least 0"),
-    (dict(n_experts="4"), "not supported between"),
+    (dict(n_experts="4"), "n_experts must be an int"),
     (dict(n_experts=5), r"where \[5\] belongs"), (dict(n_experts=0, expert_dim=0), "there is no tensor")])
 def test_a_folder_of_ours_that_was_tampered_with_is_refused(settings, message, tmp_path):
     save_run(tmp_path / "run", [*TINY, "--n_experts=4"])

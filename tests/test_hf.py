@@ -10,8 +10,7 @@ from configurator import ConfigError, configure
 from data.tokens import BinWriter
 from export import arguments as export_arguments
 from export import main as export
-from export import open_model
-from folding import adopt, load, read_config, read_tensors
+from hf import adopt, load, open_model, read_config, read_tensors
 from model import GPT
 from norms import ScaleVector
 from runs import load_checkpoint
@@ -144,14 +143,14 @@ def test_configs_of_transformers_4_are_read(transformers, tmp_path):
 
 REFUSED = [
     (dict(model_type="mistral"), "model_type is 'mistral'"),
-    (dict(attention_bias=True), "a bias in attention"),
-    (dict(mlp_bias=True), "a bias in the FFN"),
-    (dict(hidden_act="gelu"), "activation gelu"),
-    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "RoPE of type llama3"),
-    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE of type linear"),
-    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "RoPE of type yarn"),
-    (dict(partial_rotary_factor=0.5), "RoPE on a part of each head"),
-    (dict(quantization_config={"bits": 4}), "quantised weights"),
+    (dict(attention_bias=True), "its attention_bias is True"),
+    (dict(mlp_bias=True), "its mlp_bias is True"),
+    (dict(hidden_act="gelu"), "its hidden_act is 'gelu'"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "its rope_scaling says rope_type 'llama3'"),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "its rope_scaling says type 'linear'"),
+    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "its rope_parameters says rope_type 'yarn'"),
+    (dict(partial_rotary_factor=0.5), "its partial_rotary_factor is 0.5"),
+    (dict(quantization_config={"bits": 4}), "its quantization_config is"),
     (dict(hidden_size=None), "hidden_size must be an int"),
     (dict(num_attention_heads=0), "num_attention_heads must be at least 1"),
     (dict(num_key_value_heads=3), "not divisible by n_kv_head 3"),
