@@ -14,7 +14,6 @@ counts as finished too, so seeds or learning rates can be added to what another 
 not cover the code: when you have changed that, remove out/ablate.
 """
 
-import csv
 import fcntl
 import hashlib
 import json
@@ -48,6 +47,7 @@ from data.tokens import DataError, Tokens, data_folder
 from model import GPT
 from runs import write_whole
 from settings import Settings, batch_plan, gpt_config
+from stats import read_csv, summarise, write_csv
 
 HERE = Path(__file__).resolve().parent
 CELLS = Path("out/ablate/cells")
@@ -247,25 +247,6 @@ def make_cells(arms, opt, nproc=1):
 # what a cell left on disk
 
 
-def read_csv(path):
-    """Rows of a CSV as dicts, without one that a kill cut in the middle; [] where there is no file."""
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            return [row for row in csv.DictReader(f) if None not in row.values()]
-    except FileNotFoundError:
-        return []
-
-
-def write_csv(path, rows):
-    """Write dicts of equal keys, whole or not at all; without rows, nothing."""
-    if rows:
-        lines = [list(rows[0]), *([row[c] for c in rows[0]] for row in rows)]
-        tmp = Path(f"{path}.tmp")
-        with open(tmp, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f, lineterminator="\n").writerows(lines)
-        os.replace(tmp, path)
-
-
 def step_of(cell):
     """The last step that the cell's log has reached; 0 before there is one."""
     try:
@@ -463,61 +444,6 @@ class Runner:
 
 # ---------------------------------------------------------------------------------------------------------------
 # the table
-
-
-def t_975(df):
-    """The 97.5% point of Student's t with df degrees of freedom, to three digits: half a 95% interval."""
-    first = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    z = 1.959964
-    series = (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-              + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))  # Abramowitz and Stegun 26.7.5
-    return first[df - 1] if df <= len(first) else series
-
-
-def mean_and_half_width(values):
-    """The mean and half of its 95% interval; the half is None for one value."""
-    mean = statistics.mean(values)
-    return mean, t_975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else None
-
-
-def summarise(rows, lr_of=None):
-    """
-    From rows of results.csv to {arm: dict}, each arm at its best learning rate, or at lr_of[arm].
-
-    Only learning rates with all the seeds that any cell has count. The dict: lr, edge (the best one is the grid's
-    end), losses {seed: nats}, mean, params, tokens, flops, reference; and where the reference counts too: delta and
-    half (mean paired difference and half of its 95% interval), noise (how far two sets of as many reference runs
-    with nothing in common lie apart, 95%), same (they are the same runs), beyond: whether 0 is outside the interval
-    and the difference outside the noise.
-    """
-    seeds = {int(row["seed"]) for row in rows}
-    cells = defaultdict(dict)
-    for row in rows:
-        cells[row["arm"], float(row["lr"])][int(row["seed"])] = row
-    arms = {}
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        means = {lr: statistics.mean(float(r["val_loss"]) for r in by_seed.values())
-                 for (a, lr), by_seed in cells.items() if a == arm and by_seed.keys() == seeds}
-        lr = lr_of[arm] if lr_of else min(means, key=means.get, default=None)
-        if lr not in means or math.isinf(means[lr]):
-            continue
-        by_seed = cells[arm, lr]
-        first = by_seed[min(seeds)]
-        grid = [other for a, other in cells if a == arm]
-        arms[arm] = {"lr": lr, "edge": not lr_of and len(grid) > 1 and lr in (min(grid), max(grid)), "mean": means[lr],
-                     "losses": {seed: float(by_seed[seed]["val_loss"]) for seed in sorted(seeds)},
-                     "runs": [by_seed[seed]["cell"] for seed in sorted(seeds)], "reference": first["reference"],
-                     **{name: float(first[name]) for name in ("params", "tokens", "flops")}}
-    for a in arms.values():
-        ref = arms.get(a["reference"])
-        if ref is None:
-            continue
-        a["delta"], a["half"] = mean_and_half_width([a["losses"][s] - ref["losses"][s] for s in a["losses"]])
-        a["added"], a["same"] = a["params"] - ref["params"], a["runs"] == ref["runs"]
-        half = mean_and_half_width(list(ref["losses"].values()))[1]
-        a["noise"] = half and half * math.sqrt(2)
-        a["beyond"] = a["half"] is not None and abs(a["delta"]) > max(a["half"], a["noise"])
-    return arms
 
 
 def markdown_table(arms):

@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import kernels
-from ablate import mean_and_half_width
+from stats import mean_and_half_width
 from configurator import ConfigError, configure, refuse
 <<<<<<< Updated upstream
 from devices import PEAK_FLOPS, device_name, pick_device

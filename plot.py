@@ -22,8 +22,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ablate import mean_and_half_width, read_csv, summarise
 from configurator import ConfigError, refuse
+from stats import mean_and_half_width, read_csv, summarise
 
 # A card of its own: GitHub shows a picture on white and on near-black, and a transparent one is lost on either.
 PAPER, INK, PALE = "#fbfaf7", "#24292f", "#d9d6cf"

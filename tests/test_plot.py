@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 import plot
-from ablate import write_csv
 from configurator import ConfigError
+from stats import write_csv
 
 
 def write_run(folder, seeds=3):
