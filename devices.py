@@ -17,6 +17,22 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 9
               "L40S": 362e12, "4090": 165e12}
 
 
+def processes():
+    """
+    (rank, how many processes there are, whether torchrun started them), from what torchrun puts into the environment.
+    Raises ConfigError where only a part of that is there.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    there = [name for name in names if os.environ.get(name)]
+    if not there or set(there) <= {"MASTER_ADDR", "MASTER_PORT"}:
+        return 0, 1, False
+    numbers = [os.environ.get(name, "") for name in names[:3]]
+    if len(there) < len(names) or not all(n.isdigit() for n in numbers) or not int(numbers[0]) < int(numbers[2]):
+        raise ConfigError(f"{there[0]}={os.environ[there[0]]} is in the environment, without all that torchrun sets: "
+                          f"start several processes with torchrun, or unset it")
+    return int(numbers[0]), int(numbers[2]), True
+
+
 def pick_device(s):
     """The device, and the dtype of activations on it. Raises ConfigError for a device that is not there."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

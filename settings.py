@@ -27,7 +27,7 @@ class GPTConfig:
     d_head: Whole = 0  # channels of a head; 0 is n_embd / n_head
     n_embd: Count = 128  # width of the residual stream
     ffn_dim: Whole = 0  # width of the FFN; 0 is int(8 n_embd / 3)
-    vocab_size: Count = 256  # rows of the embedding, at least the data's vocabulary
+    vocab_size: Whole = 256  # rows of the embedding, at least the data's vocabulary; 0 is just that
     block_size: Count = 256  # tokens in a sequence
     tie_embeddings: bool = False  # the LM head shares the token table
     rope_theta: Annotated[float, 1.0, None] = 10000.0  # RoPE's base
@@ -114,7 +114,8 @@ class Settings(GPTConfig):
     init_from: str = ""  # start from weights and shape of a folder by export.py, or of a Hugging Face Llama or Mixtral
     seed: Seed = 1  # of the initial weights and the order of the data
     out_dir: str = ""  # of the run; empty is out/ and the names of the config files
-    resume: bool = False  # go on from out_dir's checkpoint
+    resume: Literal[False, True, "auto"] = False  # go on from out_dir's checkpoint; auto where there is one
+    overwrite: bool = False  # start over: the run in out_dir stays until the new one has its first checkpoint
     device: str = "auto"  # cuda where there is one, else cpu
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
     sample_tokens: Whole = 256  # tokens of text shown at the end
@@ -127,7 +128,7 @@ class Settings(GPTConfig):
 # What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
 # schedule's end, knowingly.
 FREE_ON_RESUME = {"micro_batch", "max_steps", "eval_interval", "log_interval", "save_interval", "out_dir", "resume",
-                  "device", "dtype", "compile", "sample_tokens", "shard_optimizer", "dry_run"}
+                  "overwrite", "device", "dtype", "compile", "sample_tokens", "shard_optimizer", "dry_run"}
 
 
 def gpt_config(s, dtype="float32"):

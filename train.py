@@ -5,10 +5,11 @@ Train a GPT with any scale-vector strategy:
     python train.py config/size/llama_0.12b.py config/unified.py --seed=2
     torchrun --standalone --nproc_per_node=8 train.py config/size/llama_1b.py config/unified.py
 
-Config files and --key=value flags apply from left to right. --resume=True goes on with a run that was stopped.
+Config files and --key=value flags apply from left to right. --resume=auto starts a run, or goes on with it if it was
+stopped; --overwrite=True starts over. The loop is in train(), after what sets it up and before what reports on it.
 """
 
-from configurator import ConfigError, from_command_line, refuse
+from configurator import ConfigError, from_command_line, read_json, refuse
 from settings import FREE_ON_RESUME, Settings, batch_plan, gpt_config
 
 if __name__ == "__main__":
@@ -30,23 +31,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.tokens import DataError, Tokens, data_folder, load_tokenizer
-from devices import device_name, peak_flops, peak_memory_mb, pick_device
+from data.tokens import DataError, Tokens, data_folder, load_tokenizer, vocabulary
+from devices import device_name, peak_flops, peak_memory_mb, pick_device, processes
 from hf import adopt, load, read_tensors
 from model import GPT
 from moe import balance_routers, take_router_statistics
 from norms import ScaleVector
 from optim import gather_state, lr_at, make_optimizers, param_groups, set_lr
-from runs import (
-    CSVLog,
-    claim_out_dir,
-    differing,
-    git_commit,
-    load_checkpoint,
-    save_checkpoint,
-    versions,
-    write_whole,
-)
+from runs import (CSVLog, claim_out_dir, code_hash, differing, git_commit, load_checkpoint, run_folder, save_checkpoint,
+                  take_place, versions, write_whole)
 
 
 class Diverged(RuntimeError):
@@ -59,6 +52,127 @@ class Diverged(RuntimeError):
 
 def default_out_dir(config_files):
     return str(Path("out") / ("-".join(Path(f).stem for f in config_files) or "default"))
+
+
+def prepare_data(s, here=True):
+    """The folder of the data; the embedded corpus prepares itself, where it is `here` that it should."""
+    folder = data_folder(s.dataset)
+    if s.dataset == "pysrc" and not (folder / "meta.json").exists() and here:
+        from data.pysrc.prepare import prepare
+        prepare()
+    return folder
+
+
+def open_data(s, rank, distributed):
+    """(training Tokens, validation Tokens, their fingerprint); a vocab_size of 0 becomes theirs. Raises DataError."""
+    folder = prepare_data(s, here=rank == 0)
+    if distributed:
+        dist.barrier()
+    s.vocab_size = s.vocab_size or vocabulary(folder)
+    train_data = Tokens(folder, "train", s.block_size, s.vocab_size, s.seed)
+    val_data = Tokens(folder, "val", s.block_size, s.vocab_size)
+    return train_data, val_data, {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
+
+
+@contextlib.contextmanager
+def process_group(distributed, device):
+    """What torchrun's processes talk through; a caller that trains several models keeps its own."""
+    if not distributed or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+        dist.barrier()  # nobody leaves while another may still be in a collective
+    finally:
+        dist.destroy_process_group()
+
+
+def compare_ranks(mine, rank, world):
+    """
+    Refuse to train where a process differs from process 0 in `mine`, a dict of what has to be the same: each would
+    compute its part of another run, or wait for ever. Every process calls it, and all of them end. Raises ConfigError.
+    """
+    everyone = [None] * world
+    dist.all_gather_object(everyone, mine)
+    for other, theirs in enumerate(everyone):
+        different = [f"{name} {theirs[name]!r} (process 0: {value!r})" for name, value in everyone[0].items()
+                     if theirs[name] != value]
+        if different and rank == 0:
+            raise ConfigError(f"process {other} has {', '.join(different)}: start all of them with the same command, "
+                              f"code and data")
+        if different:
+            sys.exit(2)  # process 0 speaks for all
+
+
+def make_model(s, config, device, distributed):
+    """(GPT on the device, its optimizers), at their start or at --init_from's weights. Raises ConfigError."""
+    torch.manual_seed(s.seed)
+    model = GPT(config)  # drawn on the CPU, so that every device starts from the same weights
+    if s.init_from and not s.resume:
+        try:
+            load(model, read_tensors(s.init_from))
+        except ConfigError as e:
+            raise ConfigError(f"init_from {s.init_from}: {e}") from None
+    model.to(device)
+    groups = param_groups(model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult, s.decay_direction)
+    return model, make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and distributed)
+
+
+def restore(s, path, model, optimizers, fingerprint):
+    """Put a run back to where its checkpoint was written, and return that step. Raises ConfigError."""
+    ckpt = load_checkpoint(path)
+    if changed := differing(ckpt["settings"], s, FREE_ON_RESUME):
+        raise ConfigError(f"{path} has other settings: {changed}. Resume with the same ones")
+    if ckpt["data"] != fingerprint:
+        raise ConfigError(f"{s.dataset} is not the data that {path} was trained on: its content differs")
+    model.load_state_dict(ckpt["model"])
+    for optimizer, state in zip(optimizers, ckpt["optimizers"]):
+        optimizer.load_state_dict(state)
+        for values in optimizer.state.values():  # on a CPU they are views of the file, which will be replaced
+            values.update({name: v.clone() for name, v in values.items() if isinstance(v, torch.Tensor)})
+    torch.set_rng_state(ckpt["rng"])
+    return ckpt["step"]
+
+
+def open_logs(s, out, step, counts, device, world):
+    """Write config.json, and open log.csv, scales.csv and, for a mixture, experts.csv: (log, scales, experts or None)."""
+    commit, resumed = git_commit(), []
+    if step:
+        before = read_json(out / "config.json")
+        resumed = [*before.get("resumed", []), {"step": step, "git_commit": commit}]
+        if commit != (last := [before, *resumed[:-1]][-1].get("git_commit")):
+            print(f"the code has changed since step {step}: it was {last}, and is {commit}")
+        commit = before.get("git_commit")
+        if missing := [f.name for f in (out / "log.csv", out / "scales.csv") if not f.exists()]:
+            print(f"{' and '.join(missing)} of the first {step} steps are missing from {out}")
+    write_whole(out / "config.json", json.dumps({
+        "settings": asdict(s), "versions": versions(), "git_commit": commit, "resumed": resumed,
+        "device": device_name(device), "processes": world, **counts}, indent=1))
+    return (CSVLog(out / "log.csv", LOG_COLUMNS, step), CSVLog(out / "scales.csv", SCALE_COLUMNS, step),
+            CSVLog(out / "experts.csv", EXPERT_COLUMNS, step) if s.n_experts else None)
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """
+    Ctrl-C, SIGTERM and a terminal that goes away let the step finish; a second one stops at once. Yields a list that
+    signals are appended to.
+    """
+    signals = []
+
+    def note(signum, frame):
+        signals.append(signum)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+
+    old = {getattr(signal, name): signal.signal(getattr(signal, name), note)
+           for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    try:
+        yield signals
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -130,212 +244,173 @@ def evaluate(model, data, s, device, rank, world):
     return total / n
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# the run
+
+
 def main(s, config_files=()):
-    if not s.out_dir:
-        s.out_dir = default_out_dir(config_files)
+    """Train, evaluate, save and report as the settings s say. Raises ConfigError, DataError, Diverged, OSError."""
+    s.out_dir = os.path.expanduser(s.out_dir or default_out_dir(config_files))
+    rank, world, distributed = processes()
+    device, dtype = pick_device(s)
+    claim_out_dir(s)
     init_tokenizer, init_note = adopt(s) if s.init_from else (None, "")
+    batch_plan(s, world)
     if s.dry_run:
         return dry_run(s)
-    device, dtype = pick_device(s)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    share, micro, n_micro = batch_plan(s, world)
-    config = gpt_config(s, dtype)
-    claim_out_dir(s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed = "RANK" in os.environ  # torchrun's doing
-    owns_group = distributed and not dist.is_initialized()  # a caller that trains several models keeps its own
-    if owns_group:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with process_group(distributed, device):
+        train_data, val_data, fingerprint = open_data(s, rank, distributed)
+        gpt_config(s)
+        if init_tokenizer not in (None, train_data.tokenizer):
+            raise ConfigError(f"{s.init_from} knows tokens of {init_tokenizer!r}, and {s.dataset} has "
+                              f"{train_data.tokenizer!r}")
+        if distributed:
+            compare_ranks({**asdict(s), "device": device.type, **versions(), "code": code_hash(), "data": fingerprint},
+                          rank, world)
+        with run_folder(s, master=rank == 0) as out:  # all that can be refused was: only now is anything written
+            train(s, out, train_data, val_data, fingerprint, device, dtype, rank, world, distributed, init_note)
+
+
+def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, world=1, distributed=False, note=""):
+    """The run itself, in the folder out, by settings that main completed: model, loop and report."""
     master = rank == 0  # prints and writes; the others only compute
-
-    # data: the embedded corpus prepares itself, by one process while the others wait
-    folder = data_folder(s.dataset)
-    if s.dataset == "pysrc" and not (folder / "meta.json").exists() and master:
-        from data.pysrc.prepare import prepare
-        prepare()
-    if distributed:
-        dist.barrier()
-    train_data = Tokens(folder, "train", s.block_size, s.vocab_size, s.seed)
-    val_data = Tokens(folder, "val", s.block_size, s.vocab_size)
-    tokenizer = train_data.tokenizer
-    if init_tokenizer and init_tokenizer != tokenizer:
-        raise ConfigError(f"{s.init_from} knows tokens of {init_tokenizer!r}, and {folder} has {tokenizer!r}")
-    fingerprint = {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
-
-    # model and optimizer; drawn on the CPU, so that every device starts from the same weights
-    torch.manual_seed(s.seed)
-    raw_model = GPT(config)
-    if s.init_from and not s.resume:
-        try:
-            load(raw_model, read_tensors(s.init_from))
-        except ConfigError as e:
-            raise ConfigError(f"init_from {s.init_from}: {e}") from None
-    raw_model.to(device)
-    groups = param_groups(raw_model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult, s.decay_direction)
-    optimizers = make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and distributed)
-
-    out = Path(s.out_dir)
-    step = 0
-    if s.resume:
-        ckpt = load_checkpoint(out / "ckpt.pt")
-        if changed := differing(ckpt["settings"], s, FREE_ON_RESUME):
-            raise ConfigError(f"{out}/ckpt.pt has other settings: {changed}. Resume with the same ones")
-        if ckpt["data"] != fingerprint:
-            raise ConfigError(f"{folder} is not the data that {out}/ckpt.pt was trained on: its content differs")
-        step = ckpt["step"]
-        if step >= s.max_steps:
-            if master:
-                print(f"{out} is finished: step {step} of {s.max_steps}. A larger --max_steps continues it.")
-            return
-        raw_model.load_state_dict(ckpt["model"])
-        for optimizer, state in zip(optimizers, ckpt["optimizers"]):
-            optimizer.load_state_dict(state)
-        torch.set_rng_state(ckpt["rng"])
-        del ckpt
-    first_step = step
-
+    share, micro, n_micro = batch_plan(s, world)
+    raw_model, optimizers = make_model(s, gpt_config(s, dtype), device, distributed)
+    step = first_step = restore(s, out / "ckpt.pt", raw_model, optimizers, fingerprint) if s.resume else 0
+    if s.resume and step >= s.max_steps:
+        if master:
+            print(f"{out} is finished: step {step} of {s.max_steps}. A larger --max_steps continues it.")
+        return
     model = torch.compile(raw_model) if (s.compile if s.compile != "auto" else device.type == "cuda") else raw_model
     ddp_model = model
     if distributed:
         ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                             broadcast_buffers=False)  # they are the same everywhere, or a process's own
-
     counts = raw_model.counts()
     if master:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.json", json.dumps({
-            "settings": asdict(s), "versions": versions(), "git_commit": git_commit(),
-            "device": device_name(device),
-            "processes": world, **counts}, indent=1))
-        log = CSVLog(out / "log.csv", LOG_COLUMNS, first_step)
-        scales = CSVLog(out / "scales.csv", SCALE_COLUMNS, first_step)
-        experts = CSVLog(out / "experts.csv", EXPERT_COLUMNS, first_step) if s.n_experts else None
+        log, scales, experts = open_logs(s, out, step, counts, device, world)
         print(f"{counts['params']:,} parameters, {counts['scale_params']:,} of them in scale vectors; "
-              f"{train_data.n_tokens:,} tokens in {folder.name}; {s.max_steps} steps of {s.batch_tokens} tokens "
-              f"on {device.type} in {dtype}, to {out}")
-        if init_note:
-            print(init_note)
+              f"{train_data.n_tokens:,} tokens in {train_data.folder.name}; {s.max_steps} steps of {s.batch_tokens} tokens "
+              f"on {device.type} in {dtype}, to {s.out_dir}")
+        if note:
+            print(note)
+
     bar = tqdm(total=s.max_steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
                dynamic_ncols=True)
-
-    # SIGTERM and Ctrl-C let the step finish, save, and stop; a second one stops at once
-    stop_signal, stopping = 0, False
-
-    def on_signal(signum, frame):
-        nonlocal stop_signal
-        if stop_signal:
-            raise KeyboardInterrupt
-        stop_signal = signum
-
-    old_handlers = {sig: signal.signal(sig, on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
-
-    val_loss = None
+    val_loss, stopping, row, routed = None, False, {}, None
     timed_steps, timed_seconds = 0, 0.0  # for tokens_per_second: steps alone, without the first, which compiles
     since_log, seconds_since_log = 0, 0.0
-    row, routed = {}, None
     try:
-        while True:
-            # Everything about step n happens before step n + 1 and in this order: evaluate, log, save. A resumed
-            # run begins right behind that point, so nothing is done twice.
-            last = step == s.max_steps
-            if step > first_step or step == 0:
-                if step % s.eval_interval == 0 or last:
-                    val_loss = evaluate(model, val_data, s, device, rank, world)
-                    row["val_loss"] = f"{val_loss:.6f}"
-                    if master:
-                        scales.write(*scale_statistics(raw_model, step))
-                if master and (step % s.log_interval == 0 or "val_loss" in row or stopping):
-                    rate = since_log * s.batch_tokens / seconds_since_log if since_log else 0
-                    row.update(step=step, tokens=step * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
-                    since_log, seconds_since_log = 0, 0.0
-                    log.write({name: row.get(name, "") for name in LOG_COLUMNS})
-                    shown = {k: float(row[k]) for k in ("train_loss", "val_loss") if k in row}
-                    if s.n_experts and step > first_step:
-                        loads = expert_statistics(*routed, step)
-                        experts.write(*loads)
-                        shown["load_max"] = max(float(layer["load_max"]) for layer in loads)
-                        shown["idle"] = sum(layer["idle"] for layer in loads)
-                    bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
-                    if bar.disable or "val_loss" in row:
-                        bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
-                                  + (f"{rate:,.0f} tokens/s" if rate else ""))
-                if step > 0 and (step % s.save_interval == 0 or last or stopping):
-                    gather_state(optimizers)
-                    if master:
-                        save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, tokenizer, fingerprint)
-            if last or stopping:
-                break
+        with noted_signals() as signals:
+            while True:
+                # Everything about step n happens before step n + 1 and in this order: evaluate, log, save. A resumed
+                # run begins right after that point, so nothing is done twice.
+                last = step == s.max_steps
+                if step > first_step or step == 0:
+                    if step % s.eval_interval == 0 or last:
+                        val_loss = evaluate(model, val_data, s, device, rank, world)
+                        row["val_loss"] = f"{val_loss:.6f}"
+                        if master:
+                            scales.write(*scale_statistics(raw_model, step))
+                    if master and (step % s.log_interval == 0 or "val_loss" in row or stopping):
+                        rate = since_log * s.batch_tokens / seconds_since_log if since_log else 0
+                        row.update(step=step, tokens=step * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
+                        since_log, seconds_since_log = 0, 0.0
+                        log.write({name: row.get(name, "") for name in LOG_COLUMNS})
+                        shown = {k: float(row[k]) for k in ("train_loss", "val_loss") if k in row}
+                        if s.n_experts and step > first_step:
+                            loads = expert_statistics(*routed, step)
+                            experts.write(*loads)
+                            shown["load_max"] = max(float(layer["load_max"]) for layer in loads)
+                            shown["idle"] = sum(layer["idle"] for layer in loads)
+                        bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+                        if bar.disable or "val_loss" in row:
+                            bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
+                                      + (f"{rate:,.0f} tokens/s" if rate else ""))
+                    if step > 0 and (step % s.save_interval == 0 or last or stopping):
+                        gather_state(optimizers)
+                        if master:
+                            save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, train_data.tokenizer,
+                                            fingerprint)
+                            out = take_place(out, s)
+                if last or stopping:
+                    break
 
-            started = time.perf_counter()
-            lr = lr_at(step, s.lr, s.schedule, s.warmup_steps, s.max_steps, s.min_lr_frac, s.decay_frac)
-            set_lr(optimizers, lr)
-            loss_sum = torch.zeros((), device=device)
-            for i in range(n_micro):
-                first = step * (share * world) + rank * share + i * micro
-                x, y = to_device(train_data.batch(first, micro), device)
-                # gradients are averaged over processes once, behind the last micro-batch
-                with ddp_model.no_sync() if distributed and i < n_micro - 1 else contextlib.nullcontext():
-                    loss = ddp_model(x, y)[1] / n_micro
-                    loss.backward()
-                loss_sum += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
-            # The one place where the CPU waits for the device. It costs the launch of the next step's first kernels
-            # and buys that no optimizer step ever runs on a NaN.
-            status = torch.stack((loss_sum / world, norm / world, norm.new_tensor(float(stop_signal))))
-            if distributed:
-                dist.all_reduce(status)
-            train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
-            if not (math.isfinite(train_loss) and math.isfinite(norm)):
-                raise Diverged(f"step {step}: loss {train_loss}, gradient norm {norm}. Try a lower --lr, a longer "
-                               f"--warmup_steps or another --seed; {out} keeps what was saved before")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if s.n_experts:
-                choices, entropy = take_router_statistics(raw_model)
+                started = time.perf_counter()
+                lr = lr_at(step, s.lr, s.schedule, s.warmup_steps, s.max_steps, s.min_lr_frac, s.decay_frac)
+                set_lr(optimizers, lr)
+                loss_sum = torch.zeros((), device=device)
+                for i in range(n_micro):
+                    first = step * (share * world) + rank * share + i * micro
+                    x, y = to_device(train_data.batch(first, micro), device)
+                    # gradients are averaged over processes once, after the last micro-batch
+                    with ddp_model.no_sync() if distributed and i < n_micro - 1 else contextlib.nullcontext():
+                        loss = ddp_model(x, y)[1] / n_micro
+                        loss.backward()
+                    loss_sum += loss.detach()
+                norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+                # The one place where the CPU waits for the device. It costs the launch of the next step's first kernels
+                # and buys that no optimizer step ever runs on a NaN.
+                status = torch.stack((loss_sum / world, norm / world, norm.new_tensor(float(bool(signals)))))
                 if distributed:
-                    dist.all_reduce(choices)
-                    dist.all_reduce(entropy)
-                balance_routers(raw_model, choices)
-                routed = choices, entropy / (n_micro * world)
-            step += 1
-            bar.update()
-            seconds = time.perf_counter() - started
-            since_log, seconds_since_log = since_log + 1, seconds_since_log + seconds
-            if step > first_step + 1:
-                timed_steps, timed_seconds = timed_steps + 1, timed_seconds + seconds
-            row = {"train_loss": f"{train_loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}
-        if owns_group:
-            dist.barrier()  # nobody leaves while another may still be in a collective
+                    dist.all_reduce(status)
+                train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
+                if not (math.isfinite(train_loss) and math.isfinite(norm)):
+                    raise Diverged(f"step {step}: loss {train_loss}, gradient norm {norm}. Try a lower --lr, a longer "
+                                   f"--warmup_steps or another --seed; {out} keeps what was saved before")
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                if s.n_experts:
+                    choices, entropy = take_router_statistics(raw_model)
+                    if distributed:
+                        dist.all_reduce(choices)
+                        dist.all_reduce(entropy)
+                    balance_routers(raw_model, choices)
+                    routed = choices, entropy / (n_micro * world)
+                step += 1
+                bar.update()
+                seconds = time.perf_counter() - started
+                since_log, seconds_since_log = since_log + 1, seconds_since_log + seconds
+                if step > first_step + 1:
+                    timed_steps, timed_seconds = timed_steps + 1, timed_seconds + seconds
+                row = {"train_loss": f"{train_loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}
     finally:
         bar.close()
         ddp_model = None  # its reducer holds on to the process group, whose threads must end before the process does
-        for sig, handler in old_handlers.items():
-            signal.signal(sig, handler)
-        if owns_group:
-            dist.destroy_process_group()
 
     if stopping and step < s.max_steps:
         if master:
             print(f"stopped by a signal at step {step}; {out}/ckpt.pt holds it, --resume=True goes on")
-        sys.exit(128 + (stop_signal or signal.SIGTERM))
+        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if master:
-        if s.sample_tokens:
-            show_sample(raw_model, tokenizer, s, device)
-        summary = {"val_loss": f"{val_loss:.4f}"}
-        if bytes_per_token := val_data.bytes_per_token(eval_windows(val_data, s)):
-            summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"
         rate = timed_steps * s.batch_tokens / timed_seconds if timed_steps else 0.0
-        summary.update(steps=step, tokens=step * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
-        if peak := peak_flops(device):
-            summary["mfu"] = f"{raw_model.flops_per_token() * rate / (peak * world):.4f}"
-        summary.update(peak_memory_mb=f"{peak_memory_mb(device):.0f}", **counts, out_dir=out)
-        print("\n".join(f"{key}: {value}" for key, value in summary.items()))
+        report(s, raw_model, val_data, val_loss, rate, device, world)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the report
+
+
+def report(s, model, val_data, val_loss, rate, device, world):
+    """The closing block of `key: value` lines, a sample, and the command that draws the run. rate: tokens per second."""
+    summary = {"val_loss": f"{val_loss:.4f}"}
+    if bytes_per_token := val_data.bytes_per_token(eval_windows(val_data, s)):
+        summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"
+    summary.update(steps=s.max_steps, tokens=s.max_steps * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
+    if peak := peak_flops(device):
+        summary["mfu"] = f"{model.flops_per_token() * rate / (peak * world):.4f}"
+    summary.update(peak_memory_mb=f"{peak_memory_mb(device):.0f}", **model.counts(), out_dir=s.out_dir)
+    print("\n".join(f"{key}: {value}" for key, value in summary.items()))
+    if s.sample_tokens:
+        show_sample(model, val_data.tokenizer, s, device)
+    print(f"pictures: python plot.py {s.out_dir}")
 
 
 def show_sample(model, tokenizer, s, device):
-    """Print what the model writes behind a document's start."""
+    """Print what the model writes after a document's start."""
     try:
         tokenizer = load_tokenizer(tokenizer)
     except DataError:  # text is a courtesy: a machine without the BPE files trains all the same
@@ -349,7 +424,7 @@ def show_sample(model, tokenizer, s, device):
 
 def dry_run(s):
     """Build the model on the meta device, where tensors have shapes but no memory, and print what it would be."""
-    batch_plan(s, int(os.environ.get("WORLD_SIZE", 1)))
+    s.vocab_size = s.vocab_size or vocabulary(prepare_data(s))
     with torch.device("meta"):
         model = GPT(gpt_config(s))
     for key, value in {**model.counts(), "flops_per_token": model.flops_per_token()}.items():

@@ -246,15 +246,18 @@ def test_a_broken_checkpoint_is_refused_and_kept(settings, damage, message):
     assert "\n" not in str(e.value) and snapshot(s.out_dir) == before
 
 
-def test_a_flipped_weight_is_seen(settings):
+def test_a_flipped_bit_is_seen(settings):
     s = settings()
     main(s)
     path = Path(s.out_dir) / "ckpt.pt"
-    ckpt = torch.load(path, weights_only=True)
-    ckpt["model"]["wte"][0, 0] += 1e-3
-    torch.save(ckpt, path)
-    with pytest.raises(ConfigError, match="checksum"):
-        load_checkpoint(path)
+    ckpt, content = torch.load(path, weights_only=True), path.read_bytes()
+    tensors = [ckpt["model"]["wte"], *(x for x in ckpt["optimizers"][0]["state"][1].values() if x.numel() > 1)]
+    for tensor in tensors:
+        flipped = bytearray(content)
+        flipped[content.index(tensor.numpy().tobytes()) + 5] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(ConfigError, match="checksum"):
+            load_checkpoint(path)
 
 
 @pytest.mark.parametrize("change,message", [
