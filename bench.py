@@ -42,13 +42,8 @@ from tqdm import tqdm
 import kernels
 from stats import mean_and_half_width
 from configurator import ConfigError, configure, refuse
-<<<<<<< Updated upstream
 from devices import PEAK_FLOPS, device_name, pick_device
-from export import hf_config, hf_tensors, hf_type
-from folding import fold
-=======
 from hf import fold, hf_config, hf_tensors, hf_type
->>>>>>> Stashed changes
 from model import ALIGN, GPT, rope_tables
 from norms import Branches, ScaleVector
 from optim import make_optimizers, param_groups

@@ -98,12 +98,13 @@ def fold(model):
             t[prefix + c] = w
 
     scaled = any(is_norm(name) for name in t)
-    places = {"input": "input", "dual": "input", "norm": "norm", "dual_norm": "dual_norm" if scaled else "norm"}
-    for name in ("attn_placement", "ffn_placement"):
-        if getattr(config, name) not in places:
+    normed = {"input": "input", "dual": "input", "norm": "norm", "dual_norm": "dual_norm" if scaled else "norm"}
+    places = {}
+    for name in ("attn_placement", "v_placement", "ffn_placement"):
+        places[name] = normed.get(getattr(config, name))
+        if places[name] is None:
             raise ConfigError(f"hf.py does not know {name} {getattr(config, name)!r}; teach it to fold and load")
-    folded = replace(config, scale_vectors=scaled, heterogeneous=False, reparam="direct", placement="input",
-                     attn_placement=places[config.attn_placement], ffn_placement=places[config.ffn_placement],
+    folded = replace(config, scale_vectors=scaled, heterogeneous=False, reparam="direct", placement="input", **places,
                      final_norm_role="input", expert_scales="shared", tie_embeddings=tied, dtype="float32")
     # clones, since a file cannot hold two tensors that share memory and nobody expects a fold to alias the model
     return folded, {name: x.detach().float().cpu().contiguous().clone() for name, x in t.items()}
@@ -176,13 +177,14 @@ HF_MIXTRAL = {"n_experts": "num_local_experts", "expert_dim": "intermediate_size
 # What each class computes beyond HF_SETTINGS: the values of a setting, or all of them (...). A setting that is not
 # named here has to be at its default, as one that is new in settings.py will be until somebody teaches the class.
 HF_COMPUTES = {
-    "llama": dict(arch=("llama",), attn_placement=("input",), ffn_placement=("input",), scale_vectors=..., qkv_norm=...,
-                  n_experts=(0,), expert_dim=(0,), experts_per_token=..., router=...),
-    "nanoscale": dict(arch=("llama", "gemma"), attn_placement=("input", *NORMED), ffn_placement=("input", *NORMED),
-                      qkv_norm=("head", "full"), scale_vectors=..., n_experts=..., experts_per_token=...,
-                      n_shared_experts=..., expert_dim=..., router=("softmax", "softmax_all", "sigmoid"))}
+    "llama": dict(arch=("llama",), attn_placement=("input",), v_placement=("input",), ffn_placement=("input",),
+                  scale_vectors=..., qkv_norm=..., n_experts=(0,), expert_dim=(0,), experts_per_token=..., router=...),
+    "nanoscale": dict(arch=("llama", "gemma"), attn_placement=("input", *NORMED), v_placement=("input", *NORMED),
+                      ffn_placement=("input", *NORMED), qkv_norm=("head", "full"), scale_vectors=..., n_experts=...,
+                      experts_per_token=..., n_shared_experts=..., expert_dim=...,
+                      router=("softmax", "softmax_all", "sigmoid"))}
 HF_COMPUTES["mixtral"] = {**HF_COMPUTES["llama"], "n_experts": ..., "expert_dim": ..., "router": ("softmax",)}
-TRAINING = {"router_aux", "router_z", "router_bias", "init_std", "decay_direction", "dtype"}  # no class asks
+TRAINING = {"init_std", "embedding_std", "router_aux", "router_z", "router_bias", "dtype"}  # no class asks
 HF_CLASSES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "nanoscale": "NanoScaleForCausalLM"}
 
 # Our tensors -> Hugging Face's, whose block 0 is model.layers.0. {e} counts experts: on disk each has its own matrices.
@@ -246,7 +248,7 @@ def hf_config(kind, config, tokenizer):
         "bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator, "pad_token_id": None,
         "nanoscale_tokenizer": tokenizer.name}
     if kind == "nanoscale":
-        return {**told, "tie_word_embeddings": False, "auto_map": {"AutoConfig": "modeling_nanoscale.NanoScaleConfig",
+        return {**told, "auto_map": {"AutoConfig": "modeling_nanoscale.NanoScaleConfig",
                                      "AutoModel": "modeling_nanoscale.NanoScaleModel",
                                      "AutoModelForCausalLM": "modeling_nanoscale.NanoScaleForCausalLM"}}
     # transformers 5 looks here for rope_theta, version 4 and other tools above
@@ -263,9 +265,7 @@ def hf_tensors(kind, config, tensors):
     """A folded model's tensors by Hugging Face's names, with the γ of ones that their classes want to see."""
     tensors, theirs = dict(tensors), {}
     names = hf_names(kind, config.n_layer)
-    if kind == "nanoscale":
-        tensors.setdefault("lm_head", tensors["wte"].clone())  # not tied there: one way less to load it wrong
-    else:
+    if kind != "nanoscale":
         tensors = {name: torch.ones(config.n_embd) for name in names if is_norm(name)} | tensors
     for name, x in tensors.items():
         if name.endswith("ffn.bias") and name not in names:
@@ -456,18 +456,16 @@ def adopt(s):
         take_shape(s, {name: there[name] for name in (*SHAPE, "qkv_norm") if name in there}, run)
         return None, ""
     source, tokenizer = read_config(s.init_from)
-    has = {"attn": source.attn_placement in NORMED, "ffn": source.ffn_placement in NORMED}
-    names = SHAPE + (("qkv_norm",) if has["attn"] or source.arch == "gemma" else ())
+    attn, ffn = (s.placement if place == "same" else place for place in (s.attn_placement, s.ffn_placement))
+    mine = {"attn": attn, "v": attn if s.v_placement == "same" else s.v_placement, "ffn": ffn}
+    has = {part: getattr(source, f"{part}_placement") in NORMED for part in mine}
+    names = SHAPE + (("qkv_norm",) if has["attn"] or has["v"] or source.arch == "gemma" else ())
     take_shape(s, {name: getattr(source, name) for name in names}, s.init_from)
-    new = []
-    for part in has:
-        mine = getattr(s, f"{part}_placement")
-        mine = s.placement if mine == "same" else mine
-        if has[part] and mine not in NORMED:
+    for part, place in mine.items():
+        if has[part] and place not in NORMED:
             raise ConfigError(f"{s.init_from} was trained with norms after its {part} branches, and {part}_placement "
-                              f"{mine!r} has none: set it to dual_norm or norm")
-        if mine in NORMED and not has[part]:
-            new.append(f"{part}_placement={mine}")
+                              f"{place!r} has none: set it to dual_norm or norm")
+    new = [f"{part}_placement={place}" for part, place in mine.items() if place in NORMED and not has[part]]
     return tokenizer, (f"{' and '.join(new)}: norms that {s.init_from} was trained without. The first loss is not "
                        f"that model's" if new else "")
 

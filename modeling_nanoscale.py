@@ -1,53 +1,60 @@
 """
-nanoScale's Transformer for Hugging Face transformers, for models that no class of theirs computes: with norms behind
-q, k, v, gate and up (DNP), or over all channels of q and k, and mixtures of experts in layouts that theirs have not.
+nanoScale's Transformer for Hugging Face transformers, for models that no class of theirs computes: with norms after q, k,
+v, gate and up (DNP), or over all channels of q and k, in Gemma's layout, and mixtures with routers that theirs have not.
 Folded: the scale vectors left are those that no weight can take. export.py puts this file beside the weights; load them
-with trust_remote_code=True. It needs nothing else.
+with trust_remote_code=True. It needs nothing else, and runs on transformers 4.57 to 5.24.
 """
+
+import inspect
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import (
-    DynamicCache,
-    GenerationMixin,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+# transformers 5.24 renamed past_key_values, and other versions other arguments of the mask
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
 class NanoScaleConfig(PretrainedConfig):
     """
-    Llama's names, and nanoScale's for the norms. arch 'gemma': post-norms, and a QK-norm. attn_placement,
-    ffn_placement: 'input' no norm behind the branches, 'norm' one without a scale vector, 'dual_norm' one with it.
+    Llama's names, and nanoScale's for the norms. arch 'gemma': post-norms, and a QK-norm. attn_placement (of q and k),
+    v_placement, ffn_placement: 'input' no norm after the branches, 'norm' one without a scale vector, 'dual_norm' one
+    with it, in v's and up's case in the next matrix. Where all branches of a sublayer have one, none stands before them.
     qkv_norm: the norms of q, k and v are over each 'head' or over the 'full' width. scale_vectors: False for none.
     n_experts: 0 for a dense model. router: the chosen experts' weights are a 'softmax' over them, their share of a
     softmax over all ('softmax_all'), or a 'sigmoid' divided by the sum over the chosen.
     """
 
     model_type = "nanoscale"
+    keys_to_ignore_at_inference = [CACHE]
 
     def __init__(self, vocab_size=256, hidden_size=128, intermediate_size=341, num_hidden_layers=4,
                  num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=256,
                  rope_theta=10000.0, rms_norm_eps=1e-6, arch="llama", attn_placement="dual_norm",
-                 ffn_placement="dual_norm", qkv_norm="head", scale_vectors=True, n_experts=0, experts_per_token=2,
-                 n_shared_experts=0, expert_dim=0, router="softmax", initializer_range=0.02, use_cache=True,
-                 tie_word_embeddings=False, **kwargs):
+                 v_placement="dual_norm", ffn_placement="dual_norm", qkv_norm="head", scale_vectors=True, n_experts=0,
+                 experts_per_token=2, n_shared_experts=0, expert_dim=0, router="softmax", initializer_range=0.02,
+                 use_cache=True, tie_word_embeddings=False, **kwargs):
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta, self.rms_norm_eps = rope_theta, rms_norm_eps
-        self.arch, self.attn_placement, self.ffn_placement = arch, attn_placement, ffn_placement
-        self.qkv_norm, self.scale_vectors = qkv_norm, scale_vectors
+        self.arch, self.attn_placement, self.v_placement = arch, attn_placement, v_placement
+        self.ffn_placement, self.qkv_norm, self.scale_vectors = ffn_placement, qkv_norm, scale_vectors
         self.n_experts, self.experts_per_token, self.router = n_experts, experts_per_token, router
         self.n_shared_experts, self.expert_dim = n_shared_experts, expert_dim
         self.initializer_range, self.use_cache = initializer_range, use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
-class Norm(nn.Module):
+class NanoScaleRMSNorm(nn.Module):
     """γ ⊙ x / sqrt(mean(x²) + ε), the mean over each `group` of channels, in fp32; γ has n channels, none if n is 0."""
 
     def __init__(self, n, group, eps):
@@ -63,77 +70,108 @@ class Norm(nn.Module):
         return wide.flatten(-2).to(x.dtype)
 
 
+def after_branch(placement, n, group, eps, scaled=True):
+    """The norm after a branch n wide, or nothing."""
+    if placement == "input":
+        return nn.Identity()
+    return NanoScaleRMSNorm(n if scaled and placement == "dual_norm" else 0, group, eps)
+
+
 def apply_rope(x, cos, sin):
     a, b = x.chunk(2, dim=-1)  # x: (B, heads, T, d); cos, sin: (B, 1, T, d/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Attention(nn.Module):
-    def __init__(self, config, layer):
+def eager_attention(module, q, k, v, mask, scaling, **kwargs):
+    """q: (B, heads, T, d). Returns (B, T, heads, d) and what each token attends to, (B, heads, T, S)."""
+    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * scaling
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2).contiguous(), weights
+
+
+class NanoScaleAttention(nn.Module):
+    def __init__(self, config, layer_idx):
         super().__init__()
-        self.layer, self.d_head = layer, config.head_dim
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         n, nq = config.hidden_size, config.num_attention_heads * config.head_dim
-        nkv = config.num_key_value_heads * config.head_dim
-        self.grouped = nkv != nq
+        nkv, eps = config.num_key_value_heads * config.head_dim, config.rms_norm_eps
         self.q_proj, self.o_proj = nn.Linear(n, nq, bias=False), nn.Linear(nq, n, bias=False)
         self.k_proj, self.v_proj = nn.Linear(n, nkv, bias=False), nn.Linear(n, nkv, bias=False)
-        self.q_norm = self.k_norm = self.v_norm = nn.Identity()
-        group = {"q": nq, "k": nkv, "v": nkv} if config.qkv_norm == "full" else dict.fromkeys("qkv", config.head_dim)
-        if config.attn_placement != "input":  # behind all three; γ, where there is one, over all channels
-            scaled = config.attn_placement == "dual_norm"
-            self.q_norm = Norm(nq if scaled else 0, group["q"], config.rms_norm_eps)
-            self.k_norm = Norm(nkv if scaled else 0, group["k"], config.rms_norm_eps)
-            self.v_norm = Norm(0, group["v"], config.rms_norm_eps)
-        elif config.arch == "gemma":  # QK-norm; heads share γ
-            self.q_norm = Norm(group["q"] if config.scale_vectors else 0, group["q"], config.rms_norm_eps)
-            self.k_norm = Norm(group["k"] if config.scale_vectors else 0, group["k"], config.rms_norm_eps)
+        head = config.head_dim if config.qkv_norm == "head" else None
+        self.q_norm = after_branch(config.attn_placement, nq, head or nq, eps)
+        self.k_norm = after_branch(config.attn_placement, nkv, head or nkv, eps)
+        self.v_norm = after_branch(config.v_placement, nkv, head or nkv, eps, scaled=False)
+        if config.arch == "gemma" and config.attn_placement == "input":  # QK-norm; heads share γ
+            q, k = head or nq, head or nkv
+            self.q_norm = NanoScaleRMSNorm(q if config.scale_vectors else 0, q, eps)
+            self.k_norm = NanoScaleRMSNorm(k if config.scale_vectors else 0, k, eps)
 
-    def forward(self, h, cos, sin, mask, cache):
+    def forward(self, h, cos, sin, mask, cache, cache_position, **kwargs):
         B, T, _ = h.shape
         q, k, v = self.q_norm(self.q_proj(h)), self.k_norm(self.k_proj(h)), self.v_norm(self.v_proj(h))
-        q, k, v = (x.view(B, T, -1, self.d_head).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+            k, v = cache.update(k, v, self.layer_idx, {"cache_position": cache_position})
+        kind = self.config._attn_implementation
+        attend = eager_attention if kind in (None, "eager") else ALL_ATTENTION_FUNCTIONS[kind]
+        y, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(y.reshape(B, T, -1)), weights
 
 
-class MLP(nn.Module):
+class NanoScaleMLP(nn.Module):
     def __init__(self, config, m):
         super().__init__()
-        n = config.hidden_size
+        n, eps = config.hidden_size, config.rms_norm_eps
         self.gate_proj, self.up_proj = nn.Linear(n, m, bias=False), nn.Linear(n, m, bias=False)
         self.down_proj = nn.Linear(m, n, bias=False)
-        self.gate_norm = self.up_norm = nn.Identity()
-        if config.ffn_placement != "input":
-            self.gate_norm = Norm(m if config.ffn_placement == "dual_norm" else 0, m, config.rms_norm_eps)
-            self.up_norm = Norm(0, m, config.rms_norm_eps)
+        self.gate_norm = after_branch(config.ffn_placement, m, m, eps)
+        self.up_norm = after_branch(config.ffn_placement, m, m, eps, scaled=False)
 
     def forward(self, h):
         return self.down_proj(F.silu(self.gate_norm(self.gate_proj(h))) * self.up_norm(self.up_proj(h)))
 
 
-class MoE(nn.Module):
+class NanoScaleRouter(nn.Module):
+    """h: (tokens, n). Returns each token's K experts and their weights, both (tokens, K); all in fp32."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.n_experts, config.hidden_size))
+        # for the choice alone, and without a gradient
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_experts), requires_grad=False)
+        idle = config.ffn_placement == "input"  # then h is normed already
+        self.norm = nn.Identity() if idle else NanoScaleRMSNorm(0, config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, h):
+        kind, logits = self.config.router, F.linear(self.norm(h.float()), self.weight.float())
+        scores = logits.sigmoid() if kind == "sigmoid" else logits.softmax(-1)
+        chosen = (scores + self.e_score_correction_bias).topk(self.config.experts_per_token).indices
+        weights = logits.gather(1, chosen).softmax(-1) if kind == "softmax" else scores.gather(1, chosen)
+        return chosen, weights / weights.sum(-1, keepdim=True) if kind == "sigmoid" else weights
+
+
+class NanoScaleMoE(nn.Module):
     """Each token goes through the K experts with the highest scores, and through the shared ones, which are one MLP."""
 
     def __init__(self, config):
         super().__init__()
-        self.router, self.k = config.router, config.experts_per_token
-        self.gate = nn.Linear(config.hidden_size, config.n_experts, bias=False)
-        self.gate.register_buffer("e_score_correction_bias", torch.zeros(config.n_experts))  # for the choice alone
-        self.experts = nn.ModuleList(MLP(config, config.expert_dim) for _ in range(config.n_experts))
+        self.gate = NanoScaleRouter(config)
+        self.experts = nn.ModuleList(NanoScaleMLP(config, config.expert_dim) for _ in range(config.n_experts))
         shared = config.n_shared_experts * config.expert_dim
-        self.shared_experts = MLP(config, shared) if shared else None
+        self.shared_experts = NanoScaleMLP(config, shared) if shared else None
 
     def forward(self, h):
         x = h.flatten(0, 1)  # (tokens, n)
-        logits = F.linear(x.float(), self.gate.weight.float())  # (tokens, experts)
-        scores = logits.sigmoid() if self.router == "sigmoid" else logits.softmax(-1)
-        chosen = (scores + self.gate.e_score_correction_bias).topk(self.k).indices  # (tokens, K)
-        weights = logits.gather(1, chosen).softmax(-1) if self.router == "softmax" else scores.gather(1, chosen)
-        if self.router == "sigmoid":
-            weights = weights / weights.sum(-1, keepdim=True)
+        chosen, weights = self.gate(x)
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             token, place = (chosen == e).nonzero(as_tuple=True)
@@ -142,42 +180,52 @@ class MoE(nn.Module):
         return y if self.shared_experts is None else y + self.shared_experts(h)
 
 
-class Block(nn.Module):
-    def __init__(self, config, layer):
+class NanoScaleLayer(GradientCheckpointingLayer):
+    def __init__(self, config, layer_idx):
         super().__init__()
-        n, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn, self.norm = Attention(config, layer), Norm(0, n, eps)
-        self.mlp = MoE(config) if config.n_experts else MLP(config, config.intermediate_size)
-        post = (lambda: Norm(n if config.scale_vectors else 0, n, eps)) if config.arch == "gemma" else nn.Identity
-        self.post_attention_layernorm, self.post_feedforward_layernorm = post(), post()
+        n, eps, placements = config.hidden_size, config.rms_norm_eps, (config.attn_placement, config.v_placement)
+        self.self_attn = NanoScaleAttention(config, layer_idx)
+        self.mlp = NanoScaleMoE(config) if config.n_experts else NanoScaleMLP(config, config.intermediate_size)
+        # a norm does not see the length of what goes into it: before branches that all have one after them it is idle
+        self.attn_norm = NanoScaleRMSNorm(0, n, eps) if "input" in placements else nn.Identity()
+        self.mlp_norm = NanoScaleRMSNorm(0, n, eps) if config.ffn_placement == "input" else nn.Identity()
+        gemma, post = config.arch == "gemma", n if config.scale_vectors else 0
+        self.post_attention_layernorm = NanoScaleRMSNorm(post, n, eps) if gemma else nn.Identity()
+        self.post_feedforward_layernorm = NanoScaleRMSNorm(post, n, eps) if gemma else nn.Identity()
 
-    def forward(self, x, *args):
-        x = x + self.post_attention_layernorm(self.self_attn(self.norm(x), *args))
-        return x + self.post_feedforward_layernorm(self.mlp(self.norm(x)))
-
-
-class Body(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.final_norm = Norm(0, config.hidden_size, config.rms_norm_eps)
+    def forward(self, x, **kwargs):
+        y, weights = self.self_attn(self.attn_norm(x), **kwargs)
+        x = x + self.post_attention_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.mlp(self.mlp_norm(x))), weights
 
 
-# transformers 5.24 renamed past_key_values, and its generate() knows the new name alone
-CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
-
-
-class NanoScaleForCausalLM(PreTrainedModel, GenerationMixin):
+class NanoScalePreTrainedModel(PreTrainedModel):
     config_class = NanoScaleConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoScaleLayer"]
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _supports_attention_backend = True
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = Body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.n_experts:  # 4.57 refuses the name of a parameter that is not there
+            self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, NanoScaleRouter):
+            nn.init.normal_(module.weight, 0.0, self.config.initializer_range)
+            nn.init.zeros_(module.e_score_correction_bias)
+
+
+class NanoScaleModel(NanoScalePreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(NanoScaleLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = NanoScaleRMSNorm(0, config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def rope(self, positions, dtype):
@@ -188,28 +236,59 @@ class NanoScaleForCausalLM(PreTrainedModel, GenerationMixin):
         angles = (positions.to(wide).unsqueeze(-1) * rates).unsqueeze(1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
-                use_cache=None, logits_to_keep=0, cache=None, **kwargs):
-        T = input_ids.size(1)
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                use_cache=None, output_attentions=None, output_hidden_states=None, cache_position=None, cache=None,
+                **kwargs):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        config = self.config
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        use_cache = config.use_cache and not self.training if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:  # a layer that runs twice would extend it twice
+            cache, use_cache = None, False
         if use_cache and cache is None:
-            cache = DynamicCache()
-        past = cache.get_seq_length() if cache is not None else 0
+            cache = DynamicCache(config=config)
+        if cache_position is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            cache_position = torch.arange(x.size(1), device=x.device) + past
         if position_ids is None:
-            position_ids = torch.arange(past, past + T, device=input_ids.device).unsqueeze(0)
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)[None, None]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask = mask & attention_mask[:, None, None, :past + T].bool()
-            # padding sees itself, so that no row of the softmax is empty
-            mask = mask | torch.eye(past + T, dtype=torch.bool, device=mask.device)[past:]
-        x = self.model.embed_tokens(input_ids)
+            position_ids = cache_position.unsqueeze(0)
+        told = dict(config=config, inputs_embeds=x, input_embeds=x, attention_mask=attention_mask, cache=cache,
+                    past_key_values=cache, cache_position=cache_position, position_ids=position_ids)
+        mask = create_causal_mask(**{name: value for name, value in told.items() if name in MASK_ARGUMENTS})
         cos, sin = self.rope(position_ids, x.dtype)
-        for block in self.model.layers:
-            x = block(x, cos, sin, mask, cache)
-        x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-        logits = self.lm_head(self.model.final_norm(x))
+        hidden, attentions = (), ()
+        for layer in self.layers:
+            hidden += (x,)
+            x, weights = layer(x, cos=cos, sin=sin, mask=mask, cache=cache, cache_position=cache_position, **kwargs)
+            attentions += (weights,)
+        x = self.norm(x)
+        want_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        want_attentions = config.output_attentions if output_attentions is None else output_attentions
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=(*hidden, x) if want_hidden else None,
+                                       attentions=attentions if want_attentions else None, **{CACHE: cache})
+
+
+class NanoScaleForCausalLM(NanoScalePreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # where config.tie_word_embeddings
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = NanoScaleModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                labels=None, use_cache=None, logits_to_keep=0, cache=None, **kwargs):
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache=cache,
+                         **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        if labels is not None:  # divides by num_items_in_batch, where Trainer says it in kwargs
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states,
+                                      attentions=out.attentions, **{CACHE: getattr(out, CACHE)})

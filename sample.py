@@ -88,13 +88,7 @@ def main(args):
     import torch
 
     from devices import pick_device
-<<<<<<< Updated upstream
-    from export import open_model
-    from folding import fold, load
-    from model import GPT
-=======
     from hf import open_model
->>>>>>> Stashed changes
     from settings import Settings
 
     device, dtype = pick_device(Settings(device=args.device))
