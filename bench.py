@@ -44,14 +44,13 @@ import kernels
 import model as model_module
 import moe
 import norms
-from ablate import mean_and_half_width
 from configurator import ConfigError, configure, refuse
 from devices import device_name, pick_device
-from export import hf_config, hf_tensors, hf_type
-from folding import fold
+from hf import fold, hf_config, hf_tensors, hf_type
 from optim import make_optimizers, param_groups
 from runs import git_commit, versions
 from settings import Settings, gpt_config
+from stats import mean_and_half_width
 
 HERE = Path(__file__).resolve().parent
 # of each verb, where none are named
@@ -232,7 +231,9 @@ def cases(size, strategies, tokens, device, dtype):
 def ligers(name, x=None, y=None, gamma=None, residual=None, eps=None, normed=None, **_):
     """A call of what Liger offers for the op that was called with these arguments, or None."""
     try:
-        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as AddNorm
+        from liger_kernel.ops.fused_add_rms_norm import (
+            LigerFusedAddRMSNormFunction as AddNorm,
+        )
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
         from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as SwiGLU
     except ImportError:

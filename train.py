@@ -38,8 +38,19 @@ from model import GPT
 from moe import balance_routers, take_router_statistics
 from norms import ScaleVector
 from optim import gather_state, lr_at, make_optimizers, param_groups, set_lr
-from runs import (CSVLog, claim_out_dir, code_hash, differing, git_commit, load_checkpoint, run_folder, save_checkpoint,
-                  take_place, versions, write_whole)
+from runs import (
+    CSVLog,
+    claim_out_dir,
+    code_hash,
+    differing,
+    git_commit,
+    load_checkpoint,
+    run_folder,
+    save_checkpoint,
+    take_place,
+    versions,
+    write_whole,
+)
 
 
 class Diverged(RuntimeError):
