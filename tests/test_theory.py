@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+from kernels import rms_norm
 from model import GPT
 from norms import Branches, ScaleVector
 from optim import param_groups
@@ -222,6 +223,64 @@ def test_reparameterisation_speeds_up_the_magnitude(form, n_fold, n=6):
     speed = torch.stack([flow(scale, lambda m: -m()[i], lambda m: m()) for i in range(n)], dim=1)
     magnitude = torch.full((n, n), 1 / n, dtype=torch.float64)  # the projection on (1, …, 1)
     assert (speed - n_fold * magnitude - (torch.eye(n) - magnitude)).abs().max() < 1e-4
+
+
+# A shorter α turns faster: the flow of γ's direction has the speed n/‖α‖², that of its magnitude stays. So decay on α,
+# which leaves γ where it is, does not leave the run as it was.
+
+
+@pytest.mark.parametrize("length", [0.5, 1.0, 2.0])
+def test_a_shorter_alpha_turns_faster(length, n=6):
+    scale = ScaleVector(n, "input", "or").double()
+    with torch.no_grad():
+        scale.alpha.mul_(length)
+    speed = torch.stack([flow(scale, lambda m: -m()[i], lambda m: m()) for i in range(n)], dim=1)
+    magnitude = torch.full((n, n), 1 / n, dtype=torch.float64)
+    assert (speed - n * magnitude - (torch.eye(n) - magnitude) / length**2).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What stands beside a norm need not be computed: N does not see the length of its input. Under DNP the Pre-Norm is idle,
+# and so is the magnitude of v: without ε its gradient is 0, and with it ε's alone.
+
+
+@pytest.mark.parametrize("placement, idle", [("dual_norm", True), ("norm", True), ("dual", False), ("input", False)])
+@pytest.mark.parametrize("heterogeneous", [False, True])
+def test_the_pre_norm_is_idle_where_every_branch_norms_its_output(placement, idle, heterogeneous):
+    b = branches_of(placement=placement, heterogeneous=heterogeneous, form="or")
+    x = torch.randn(7, N_IN, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(7, sum(N_OUT.values()), dtype=torch.float64)
+    results = []
+    for h in (rms_norm(x, 0.0), x):
+        grads = torch.autograd.grad((torch.cat(b(h), -1) * target).sum(), [x, *b.parameters()])
+        results.append([torch.cat(b(h), -1), *grads])
+    same = [torch.allclose(with_it, without, atol=1e-10) for with_it, without in zip(*results)]
+    assert b.idle_norm == idle and all(same) == idle
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 2e-3])
+def test_the_magnitude_of_v_is_idle_under_dnp(eps):
+    b = branches_of(placement="dual_norm", form="or")
+    b.eps = eps
+    x, target = torch.randn(7, N_IN, dtype=torch.float64), torch.randn(7, sum(N_OUT.values()), dtype=torch.float64)
+    (torch.cat(b(x), -1) * target).sum().backward()
+    gradient, others = b.v["shared"].beta.grad.abs().item(), b.v["shared"].alpha.grad.abs().max().item()
+    assert others > 1e-2
+    assert gradient < 1e-12 if eps == 0 else 0 < gradient < 2 * eps * others / 1e-2
+
+
+def test_adam_moves_an_idle_magnitude_all_the_same():
+    """Its steps do not see how small a gradient is, only that it is there: with ε, β of v leaves 1 like any other."""
+    b = branches_of(placement="dual_norm", form="or").float()
+    b.eps = 1e-6
+    x, target = torch.randn(64, N_IN), torch.randn(64, sum(N_OUT.values()))
+    optimizer = torch.optim.Adam(b.parameters(), lr=1e-2, eps=1e-8)
+    for _ in range(50):
+        optimizer.zero_grad()
+        (torch.cat(b(x), -1) * target).mean().backward()
+        optimizer.step()
+    assert b.v["shared"].beta.grad.abs() < 1e-5
+    assert (b.v["shared"].beta - 1).abs() > 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------
