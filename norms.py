@@ -76,12 +76,14 @@ class ScaleVector(nn.Module):
                 raise ValueError("or cannot represent a γ of zeros: its α has no direction")
             self.beta.copy_(size.view_as(self.beta))
             self.alpha.copy_(gamma.double() / size)
-        else:
+        elif self.form == "er":
             if not (gamma > 0).all():
                 raise ValueError("er cannot represent a γ that is not positive")
             log = gamma.double().log()
             self.beta.copy_(log.mean(-1, keepdim=True).view_as(self.beta))
             self.alpha.copy_(log - log.mean(-1, keepdim=True))
+        else:
+            raise ValueError(f"{self.form} has no way yet to be given a γ: add one to ScaleVector.set")
 
     def decays(self, name):
         """Whether weight decay on this parameter moves γ: shrinking or's α leaves √n α/‖α‖ as it was."""

@@ -101,21 +101,26 @@ def test_scaled_cast_takes_a_stack_of_matrices():
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_every_form_starts_at_1(form):
+    assert torch.allclose(ScaleVector(7, "input", form).double()(), torch.ones(7, dtype=torch.float64), atol=1e-15)
+
+
+FORMULAS = {
+    "direct": lambda p: p["gamma"],
+    "zero_centred": lambda p: 1 + p["w"],
+    "product": lambda p: p["beta"] * p["alpha"],
+    "or": lambda p: p["beta"] * 7 ** 0.5 * p["alpha"] / p["alpha"].square().sum().sqrt(),
+    "er": lambda p: math.exp(p["beta"]) * (p["alpha"] - p["alpha"].sum() / 7).exp(),
+}
+
+
+@pytest.mark.parametrize("form", FORMULAS)
 def test_scale_vector_formulas(form):
     s = ScaleVector(7, "input", form).double()
-    assert torch.allclose(s(), torch.ones(7, dtype=torch.float64), atol=1e-15)
     with torch.no_grad():
         for p in s.parameters():
             p.copy_(torch.rand_like(p) + 0.3)
-    p = {name: p.detach() for name, p in s.named_parameters()}
-    expected = {
-        "direct": lambda: p["gamma"],
-        "zero_centred": lambda: 1 + p["w"],
-        "product": lambda: p["beta"] * p["alpha"],
-        "or": lambda: p["beta"] * 7 ** 0.5 * p["alpha"] / p["alpha"].square().sum().sqrt(),
-        "er": lambda: math.exp(p["beta"]) * (p["alpha"] - p["alpha"].sum() / 7).exp(),
-    }[form]()
-    assert torch.allclose(s(), expected, atol=1e-14)
+    assert torch.allclose(s(), FORMULAS[form]({name: p.detach() for name, p in s.named_parameters()}), atol=1e-14)
 
 
 @pytest.mark.parametrize("form", FORMS)
