@@ -18,7 +18,7 @@ reaches with every input read once and every output written once. Four rules hol
   16 bytes and reads 16 bytes at a time. A model has few.
 
 The operations are opaque to torch.compile (torch.library.custom_op). triton_op would let inductor see the kernels, but
-it passes Python floats, ε, as fp64, and a whole kernel may then compute in fp64 behind it.
+it passes Python floats, ε, as fp64, and a whole kernel may then compute in fp64.
 """
 
 import os
@@ -157,7 +157,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @jit
 def _norm(x, eps, N: tl.constexpr):
-    """N(x) of each row of a tile, zeros behind channel N, and 1 / sqrt(mean(x²) + ε) of each row."""
+    """N(x) of each row of a tile, zeros after channel N, and 1 / sqrt(mean(x²) + ε) of each row."""
     r = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)[:, None]
     return x * r, r
 
@@ -184,17 +184,17 @@ def _rms_norm_kernel(x, residual, gamma, y, total, rows, eps, X_STRIDE: tl.const
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    here = (row < rows) & (column < N)
-    x_ = tl.load(x + row * X_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+    inside = (row < rows) & (column < N)
+    x_ = tl.load(x + row * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
-        x_ += tl.load(residual + row * RESIDUAL_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        x_ += tl.load(residual + row * RESIDUAL_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
         rounded = x_.to(total.dtype.element_ty)
-        tl.store(total + row * N + column, rounded, mask=here)
+        tl.store(total + row * N + column, rounded, mask=inside)
         x_ = rounded.to(tl.float32)  # the norm of what all others will see, the backward pass among them
     y_, _ = _norm(x_, eps, N)
     if gamma is not None:
         y_ *= tl.load(gamma + column, mask=column < N, other=0.0)
-    tl.store(y + row * N + column, y_.to(y.dtype.element_ty), mask=here)
+    tl.store(y + row * N + column, y_.to(y.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -217,17 +217,17 @@ def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps
     first = tl.program_id(0).to(tl.int64)
     for i in range(steps):
         row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
-        here = (row < rows) & (column < N)
-        x_ = tl.load(x + row * X_STRIDE + column, mask=here, other=0.0).to(tl.float32)
-        dy_ = tl.load(dy + row * DY_STRIDE + column, mask=here, other=0.0).to(tl.float32)
+        inside = (row < rows) & (column < N)
+        x_ = tl.load(x + row * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
+        dy_ = tl.load(dy + row * DY_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
         y_, r = _norm(x_, eps, N)
         if gamma is not None:
-            dgamma_ += tl.where(here, dy_ * y_, 0.0)  # behind the last row, 0 · r is NaN where ε is 0
+            dgamma_ += tl.where(inside, dy_ * y_, 0.0)  # after the last row, 0 · r is NaN where ε is 0
             dy_ *= gamma_
         dx_ = _norm_backward(dy_, y_, r, N)
         if dtotal is not None:
-            dx_ += tl.load(dtotal + row * DTOTAL_STRIDE + column, mask=here, other=0.0).to(tl.float32)
-        tl.store(dx + row * N + column, dx_.to(dx.dtype.element_ty), mask=here)
+            dx_ += tl.load(dtotal + row * DTOTAL_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * N + column, dx_.to(dx.dtype.element_ty), mask=inside)
     if gamma is not None:
         partial = tl.sum(dgamma_, axis=0)[None, :]
         tl.store(dgamma + tl.program_id(0) * N + column, partial, mask=column < N)
@@ -321,12 +321,12 @@ TILE_ROWS, TILE_COLUMNS = 32, 128  # of a weight, for a program: small, so that 
 
 
 @jit
-def _scaled_cast_kernel(w, u, v, out, N: tl.constexpr, K: tl.constexpr, FILLED_N: tl.constexpr,
-                        FILLED_K: tl.constexpr, W_MATRIX: tl.constexpr, W_ROW: tl.constexpr, U_MATRIX: tl.constexpr,
+def _scaled_cast_kernel(w, u, v, out, N: tl.constexpr, K: tl.constexpr, PADDED_N: tl.constexpr,
+                        PADDED_K: tl.constexpr, W_MATRIX: tl.constexpr, W_ROW: tl.constexpr, U_MATRIX: tl.constexpr,
                         V_MATRIX: tl.constexpr, OUT_MATRIX: tl.constexpr, OUT_ROW: tl.constexpr, ROWS: tl.constexpr,
                         COLUMNS: tl.constexpr):
     """
-    out = u ⊙ W ⊙ v in out's dtype for one branch, and zeros around it, up to FILLED_N rows and FILLED_K columns. u and
+    out = u ⊙ W ⊙ v in out's dtype for one branch, and zeros around it, up to PADDED_N rows and PADDED_K columns. u and
     v may be None.
 
     Bytes for a weight: 4 read and 2 written (bf16), as a cast alone. u and v come from the cache.
@@ -337,15 +337,15 @@ def _scaled_cast_kernel(w, u, v, out, N: tl.constexpr, K: tl.constexpr, FILLED_N
     matrix = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    here = (row < N)[:, None] & (column < K)[None, :]
-    w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=here, other=0.0).to(tl.float32)
+    inside = (row < N)[:, None] & (column < K)[None, :]
+    w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if v is not None:
         w_ *= tl.load(v + matrix * V_MATRIX + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
     if u is not None:
         w_ *= tl.load(u + matrix * U_MATRIX + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-    w_ = tl.where(here, w_, 0.0)  # where u is infinite, what is filled up is 0 · ∞ by now
+    w_ = tl.where(inside, w_, 0.0)  # where u is infinite, the padding is 0 · ∞ by now
     tl.store(out + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], w_.to(out.dtype.element_ty),
-             mask=(row < FILLED_N)[:, None] & (column < FILLED_K)[None, :])
+             mask=(row < PADDED_N)[:, None] & (column < PADDED_K)[None, :])
 
 
 @jit
@@ -360,15 +360,15 @@ def _scaled_cast_backward_kernel(dout, w, u, v, dw, du, dv, N: tl.constexpr, K: 
     Bytes for a weight: 6 read (G in bf16, W) and 4 written (dW), whether du and dv are due or not. A pass for each of
     the three would move 18.
     A tile leaves its share of the sums: a number for each of its rows in du, (matrices, N, DU_ROW), and for each of
-    its columns in dv, (matrices, row tiles, K). They are added up behind the kernel. A program with whole rows would
+    its columns in dv, (matrices, row tiles, K). They are added up after the kernel. A program with whole rows would
     have du complete, but 768 rows are too few for that to occupy a GPU. The shares are 4 / COLUMNS + 4 / ROWS bytes
     for a weight, first written, then read: 3% of the traffic.
     """
     matrix = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    here = (row < N)[:, None] & (column < K)[None, :]
-    g = tl.load(dout + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], mask=here, other=0.0)
+    inside = (row < N)[:, None] & (column < K)[None, :]
+    g = tl.load(dout + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], mask=inside, other=0.0)
     g = g.to(tl.float32)
     gu, gv, guv = g, g, g
     if v is not None:
@@ -380,9 +380,9 @@ def _scaled_cast_backward_kernel(dout, w, u, v, dw, du, dv, N: tl.constexpr, K: 
         gu = g * u_
         guv = gv * u_
     if dw is not None:
-        tl.store(dw + matrix * (N * K) + row[:, None] * K + column[None, :], guv.to(dw.dtype.element_ty), mask=here)
+        tl.store(dw + matrix * (N * K) + row[:, None] * K + column[None, :], guv.to(dw.dtype.element_ty), mask=inside)
     if du is not None or dv is not None:
-        w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=here, other=0.0)
+        w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=inside, other=0.0)
         w_ = w_.to(tl.float32)
         if du is not None:
             tl.store(du + (matrix * N + row) * DU_ROW + tl.program_id(0), tl.sum(gv * w_, axis=1), mask=row < N)
@@ -420,7 +420,7 @@ def _scaled_cast(weights: Sequence[Tensor], us: Sequence[Tensor], u_of: Sequence
     for part, w, u, v, constants in _branches(out, weights, us, u_of, vs, v_of, align):
         matrices, n, k = part.shape
         _launch(_scaled_cast_kernel, (triton.cdiv(k, TILE_COLUMNS), triton.cdiv(n, TILE_ROWS), matrices), w, u, v, part,
-                FILLED_N=n, FILLED_K=k, num_warps=4, **constants)
+                PADDED_N=n, PADDED_K=k, num_warps=4, **constants)
     return out
 
 
@@ -513,10 +513,10 @@ def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
     weights: a list of (..., N_c, K) in fp32. us: for each, None or (..., N_c), which scales rows (outputs). vs: None
     or (..., K), which scales columns (inputs). Scaled in fp32 and rounded once: mixed precision casts every weight for
     every step anyway, and the vectors ride along in that pass.
-    align: every branch begins at a row that is a multiple of it, with rows of zeros before. align_columns: K is filled
-        up to a multiple with zeros. GEMMs want rows that begin at multiples of 16 bytes, and the pass is the place to
+    align: every branch begins at a row that is a multiple of it, with rows of zeros before. align_columns: K is padded
+        to a multiple with zeros. GEMMs want rows that begin at multiples of 16 bytes, and the pass is the place to
         give them that for nothing.
-    Returns (..., sum of N_c filled up, K filled up); the weight itself where there is nothing to do.
+    Returns (..., sum of padded N_c, padded K); the weight itself where there is nothing to do.
     """
     alone = len(weights) == 1 and us[0] is None and vs[0] is None
     aligned = not any(w.size(-2) % align or w.size(-1) % align_columns for w in weights)
@@ -548,28 +548,28 @@ def apply_rope(x, cos, sin):
 def _load_heads(x, token, head, n: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
     """The two halves of some of the n heads of a token, in fp32, and zeros for a head that is none of the n."""
     channel = tl.arange(0, HALF)[None, :]
-    here = (head >= 0) & (head < n) & (channel < D // 2)
+    inside = (head >= 0) & (head < n) & (channel < D // 2)
     at = x + token * (n * D) + head * D + channel
-    a = tl.load(at, mask=here, other=0.0).to(tl.float32)
-    b = tl.load(at + D // 2, mask=here, other=0.0).to(tl.float32)
+    a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(at + D // 2, mask=inside, other=0.0).to(tl.float32)
     return a, b
 
 
 @jit
 def _store_heads(x, token, head, a, b, n: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
     channel = tl.arange(0, HALF)[None, :]
-    here = (head >= 0) & (head < n) & (channel < D // 2)
+    inside = (head >= 0) & (head < n) & (channel < D // 2)
     at = x + token * (n * D) + head * D + channel
-    tl.store(at, a.to(x.dtype.element_ty), mask=here)
-    tl.store(at + D // 2, b.to(x.dtype.element_ty), mask=here)
+    tl.store(at, a.to(x.dtype.element_ty), mask=inside)
+    tl.store(at + D // 2, b.to(x.dtype.element_ty), mask=inside)
 
 
 @jit
 def _load_angles(cos, sin, t, D: tl.constexpr, HALF: tl.constexpr):
     channel = tl.arange(0, HALF)[None, :]
-    at, here = t * (D // 2) + channel, channel < D // 2
-    cos_ = tl.load(cos + at, mask=here, other=0.0).to(tl.float32)
-    return cos_, tl.load(sin + at, mask=here, other=0.0).to(tl.float32)
+    at, inside = t * (D // 2) + channel, channel < D // 2
+    cos_ = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)
+    return cos_, tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
@@ -759,16 +759,16 @@ def _swiglu_kernel(y, gamma, h, rows, eps, Y_STRIDE: tl.constexpr, N: tl.constex
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    here, used = (row < rows) & (column < M), column < N
-    a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
-    b = tl.where(used, tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32), 0.0)
+    inside, used = (row < rows) & (column < M), column < N
+    a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=inside, other=0.0).to(tl.float32), 0.0)
+    b = tl.where(used, tl.load(y + row * Y_STRIDE + M + column, mask=inside, other=0.0).to(tl.float32), 0.0)
     if NORMED:
         a, _ = _norm(a, eps, N)
         b, _ = _norm(b, eps, N)
         if gamma is not None:
             a *= tl.load(gamma + column, mask=column < M, other=0.0)
     h_ = tl.where(used, a / (1.0 + tl.exp(-a)) * b, 0.0)  # again, since 0 · r is NaN in a row of NaN
-    tl.store(h + row * M + column, h_.to(h.dtype.element_ty), mask=here)
+    tl.store(h + row * M + column, h_.to(h.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -791,10 +791,10 @@ def _swiglu_backward_kernel(dh, y, gamma, dy, dgamma, rows, steps, eps, DH_STRID
     first = tl.program_id(0).to(tl.int64)
     for i in range(steps):
         row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
-        here, used = (row < rows) & (column < M), (row < rows) & (column < N)
-        a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
-        b = tl.where(used, tl.load(y + row * Y_STRIDE + M + column, mask=here, other=0.0).to(tl.float32), 0.0)
-        dh_ = tl.where(used, tl.load(dh + row * DH_STRIDE + column, mask=here, other=0.0).to(tl.float32), 0.0)
+        inside, used = (row < rows) & (column < M), (row < rows) & (column < N)
+        a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=inside, other=0.0).to(tl.float32), 0.0)
+        b = tl.where(used, tl.load(y + row * Y_STRIDE + M + column, mask=inside, other=0.0).to(tl.float32), 0.0)
+        dh_ = tl.where(used, tl.load(dh + row * DH_STRIDE + column, mask=inside, other=0.0).to(tl.float32), 0.0)
         if NORMED:
             gate, r_gate = _norm(a, eps, N)
             b, r_up = _norm(b, eps, N)
@@ -811,8 +811,8 @@ def _swiglu_backward_kernel(dh, y, gamma, dy, dgamma, rows, steps, eps, DH_STRID
                 da *= gamma_
             da, db = _norm_backward(da, gate, r_gate, N), _norm_backward(db, b, r_up, N)
         da, db = tl.where(used, da, 0.0), tl.where(used, db, 0.0)
-        tl.store(dy + row * (2 * M) + column, da.to(dy.dtype.element_ty), mask=here)
-        tl.store(dy + row * (2 * M) + M + column, db.to(dy.dtype.element_ty), mask=here)
+        tl.store(dy + row * (2 * M) + column, da.to(dy.dtype.element_ty), mask=inside)
+        tl.store(dy + row * (2 * M) + M + column, db.to(dy.dtype.element_ty), mask=inside)
     if gamma is not None:
         tl.store(dgamma + tl.program_id(0) * M + column, tl.sum(dgamma_, axis=0)[None, :], mask=column < M)
 

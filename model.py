@@ -26,7 +26,7 @@ ALIGN = 8  # bf16 numbers in 16 bytes
 
 
 def branches(config, n_out, **kw):
-    """The branches behind one of a model's Pre-Norms, n_out as Branches takes it."""
+    """The branches after one of a model's Pre-Norms, n_out as Branches takes it."""
     return Branches(config.n_embd, n_out, heterogeneous=config.heterogeneous, form=config.reparam,
                     scale_vectors=config.scale_vectors, eps=config.norm_eps, **kw)
 
@@ -64,7 +64,7 @@ class KVCache:
 
 class Attention(nn.Module):
     written = False  # True computes as the paper writes it, on activations: slower, and there for tests to compare with
-    kept = None  # weights()'s result, while someone promises that no parameter changes (GPT.weights_kept)
+    cached = None  # weights()'s result, while someone promises that no parameter changes (GPT.weights_cached)
 
     def __init__(self, config):
         super().__init__()
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         if self.written:
             y, W_o, normed = torch.cat(self.qkv(h), dim=-1), self.o.to(h.dtype), []
         else:
-            W_qkv, W_o = self.kept or self.weights(h.dtype)
+            W_qkv, W_o = self.cached or self.weights(h.dtype)
             y = F.linear(h, W_qkv)
         if self.qk_norm:
             normed, gammas = ["q", "k", *normed], [self.q_scale and self.q_scale(), self.k_scale and self.k_scale()]
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 class FFN(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate) ⊙ up). stack, route: as in Branches."""
 
-    written, kept = False, None  # as in Attention
+    written, cached = False, None  # as in Attention
 
     def __init__(self, config, ffn_dim, stack=0):
         super().__init__()
@@ -137,7 +137,7 @@ class FFN(nn.Module):
         if self.written:
             gate, up = branches(h, route)
             return linear(F.silu(gate) * up, self.down.to(h.dtype))
-        W_gate_up, W_down = self.kept or self.weights(h.dtype)
+        W_gate_up, W_down = self.cached or self.weights(h.dtype)
         gamma = branches.after_norm("gate")
         if gamma is not None and route is not None:
             gamma = route.rows(gamma)
@@ -165,9 +165,9 @@ class Block(nn.Module):
     def forward(self, x, y, cos, sin, cache=None):
         """
         x: the residual stream, (B, T, n_embd), and y: what the last sublayer adds to it, None at first. The sum is left
-        to the norm behind it, which reads both anyway. Returns the next x and y.
+        to the norm after it, which reads both anyway. Returns the next x and y.
 
-        The Pre-Norms are N alone: their scale vectors live in the branches behind them.
+        The Pre-Norms are N alone: their scale vectors live in the branches after them.
         """
         gemma, eps = self.config.arch == "gemma", self.config.norm_eps
         h, x = self.pre_norm(x, y, self.attn.qkv)
@@ -195,7 +195,7 @@ class GPT(nn.Module):
     draw nothing: the same seed gives the same matrices under every strategy.
     """
 
-    written, kept = False, None  # as in Attention
+    written, cached = False, None  # as in Attention
 
     def __init__(self, config):
         super().__init__()
@@ -259,7 +259,7 @@ class GPT(nn.Module):
         idx, targets: (B, T) int64, T ≤ block_size. Returns (logits, loss): logits (B, T, vocab_size) in the compute
         dtype; the loss is the mean over all tokens in nats, fp32, or None without targets.
 
-        caches: a KVCache for each block, where idx goes on behind what they hold: T is 1, unless they are empty.
+        caches: a KVCache for each block, where idx goes on after what they hold: T is 1, unless they are empty.
         The logits are then the last token's alone, (B, 1, vocab_size).
         """
         start = caches[0].length if caches else 0
@@ -275,7 +275,7 @@ class GPT(nn.Module):
         if self.written:
             (logits,) = self.lm_head(h)
         else:
-            (W,) = self.kept or self.weights(h.dtype)
+            (W,) = self.cached or self.weights(h.dtype)
             logits = F.linear(h, W)
         if targets is None:
             return logits, None
@@ -294,16 +294,16 @@ class GPT(nn.Module):
         return (self.lm_head.folded_weight(dtype),)
 
     @contextmanager
-    def weights_kept(self):
+    def weights_cached(self):
         """While this holds, no parameter may change: the weights are made once, not at each forward."""
         layers = [m for m in self.modules() if isinstance(m, (GPT, Attention, FFN))]
         try:
             for layer in layers:
-                layer.kept = [w.detach() for w in layer.weights(getattr(torch, self.config.dtype))]
+                layer.cached = [w.detach() for w in layer.weights(getattr(torch, self.config.dtype))]
             yield
         finally:
             for layer in layers:
-                layer.kept = None
+                layer.cached = None
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
@@ -315,7 +315,7 @@ class GPT(nn.Module):
         cannot move on by one token: it drops its older half, is read anew from position 0, and fills up again.
         """
         window, caches = idx[:, -self.config.block_size:], None
-        with self.weights_kept():
+        with self.weights_cached():
             for _ in range(max_new_tokens):
                 if window.size(1) > self.config.block_size:
                     window, caches = window[:, -max(1, self.config.block_size // 2):], None

@@ -25,7 +25,7 @@ def grouped_linear(x, weight, ends):
     """
     Row i of x times the transpose of its expert's matrix, as one grouped GEMM: (M, K) and (E, N, K) make (M, N).
 
-    ends: (E,) int32, where each expert's rows end; they lie in the experts' order, and ends[-1] is M: rows behind it
+    ends: (E,) int32, where each expert's rows end; they lie in the experts' order, and ends[-1] is M: rows after it
     would stay uninitialised. An expert may have no rows; its weight's gradient is then zeros, and not missing.
     """
     grouped_mm = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm

@@ -17,7 +17,7 @@ Seed = Annotated[int, 0, 2**32 - 1]
 
 @dataclass
 class GPTConfig:
-    """The model's share of the settings. Made by itself it is filled in: no 0, 'same' or 'auto' is left."""
+    """The model's share of the settings. Made by itself it is complete: no 0, 'same' or 'auto' is left."""
 
     # the model
     arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
@@ -122,7 +122,7 @@ class Settings(GPTConfig):
     dry_run: bool = False  # print the counts and the parameter groups, train nothing
 
     def __post_init__(self):
-        pass  # nothing is filled in before gpt_config
+        pass  # nothing is completed before gpt_config
 
 
 # What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the

@@ -1,2 +1,2 @@
-# DNP (paper): a norm and a scale vector behind q, k, v, gate and up. Where it acts is our reading.
+# DNP (paper): a norm and a scale vector after q, k, v, gate and up. Where it acts is our reading.
 placement = "dual_norm"

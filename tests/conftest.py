@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 # waiting for each other. Read by torch as it is imported, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch  # noqa: E402, behind the line above
+import torch  # noqa: E402, after the line above
 
 # Without a GPU, Triton's kernels run in its interpreter where a test asks for them. Read as kernels.py is imported.
 if not torch.cuda.is_available():

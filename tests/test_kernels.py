@@ -214,7 +214,7 @@ def test_nan_and_inf_stay_in_their_row_and_zeros_survive(dtype):
 
     y, dh = randn(5, 96, dtype=dtype), randn(5, 48, dtype=dtype)
     y[1, 3], y[2, 50], y[3] = math.nan, math.inf, 0
-    y[:, 40:48], y[:, 88:], dh[:, 40:] = math.nan, math.nan, math.nan  # behind n: not part of the function
+    y[:, 40:48], y[:, 88:], dh[:, 40:] = math.nan, math.nan, math.nan  # after n: not part of the function
     h, dy, *_ = outputs_and_grads(our_swiglu(40, True), [y, g], [dh], "triton")
     for t in (h, dy):
         assert t[[0, 3, 4]].isfinite().all() and not t[1].isfinite().all() and not t[2].isfinite().all()
@@ -223,7 +223,7 @@ def test_nan_and_inf_stay_in_their_row_and_zeros_survive(dtype):
     assert h.isfinite().sum() == h.numel() - 2 and dy.isfinite().sum() >= dy.numel() - 4
 
 
-def test_without_eps_the_lanes_behind_the_last_row_leave_dgamma_alone():
+def test_without_eps_the_lanes_after_the_last_row_leave_dgamma_alone():
     x, y, g = randn(3, 40), randn(3, 80), gamma(40)
     *_, dgamma = outputs_and_grads(lambda x, g: rms_norm(x, 0.0, g), [x, g], [x], "triton")
     assert dgamma.isfinite().all()
@@ -292,7 +292,7 @@ def test_opcheck(with_gamma):
 
 def everything(x, residual, g, y):
     a, total = rms_norm(x, EPS, g, residual)
-    b, _ = rms_norm(a, EPS, residual=total)  # a sum that goes nowhere, as behind the last block
+    b, _ = rms_norm(a, EPS, residual=total)  # a sum that goes nowhere, as after the last block
     return a.square().sum() + b.pow(3).sum() + swiglu(y, 10, EPS, True, g[:10]).square().sum()
 
 

@@ -1,5 +1,5 @@
 """
-kernels.py's scaled_cast and qk_norm_rope, which stand before and behind a GEMM, as Triton kernels. What test_kernels.py
+kernels.py's scaled_cast and qk_norm_rope, which stand before and after a GEMM, as Triton kernels. What test_kernels.py
 says of the interpreter holds here too.
 """
 
@@ -97,19 +97,19 @@ SHAPES = [((), (37, 70), 45), ((), (1, 33), 130), ((), (8, 16), 16), ((3,), (9, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scaled_cast_against_float64(lead, ns, k, pattern, share, dtype, launched):
     f, naive, inputs = two_casts(lead, ns, k, pattern, share, dtype, 8, 4)
-    n_filled, k_filled = sum(n + -n % 8 for n in ns), k + -k % 4
-    ours = against_float64(f, naive, inputs, [randn(*lead, n_filled, k_filled, dtype=dtype)], dtype)
+    n_padded, k_padded = sum(n + -n % 8 for n in ns), k + -k % 4
+    ours = against_float64(f, naive, inputs, [randn(*lead, n_padded, k_padded, dtype=dtype)], dtype)
     assert ours[0].dtype == dtype and [g.dtype for g in ours[1:]] == [torch.float32] * len(inputs)
     with backend("torch"):
         assert torch.equal(ours[0], f(*inputs))  # both scale in fp32 and round once
     assert {*launched} == {*CAST}
 
 
-def test_what_is_filled_up_is_zero_and_nan_and_inf_stay_where_they_are():
+def test_the_padding_is_zero_and_nan_and_inf_stay_where_they_are():
     w, u, v = randn(5, 6), vector(5), vector(6)
     w[0, 1], u[2], v[4] = math.nan, math.inf, math.nan
     d = randn(8, 8)
-    d[5:], d[:, 6:] = math.nan, math.nan  # what is filled up is no part of the function: its gradient is no one's
+    d[5:], d[:, 6:] = math.nan, math.nan  # the padding is no part of the function: its gradient is no one's
     out, dw, du, dv = outputs_and_grads(
         lambda *t: scaled_cast([t[0]], [t[1]], [t[2]], torch.float32, 8, 8), [w, u, v], [d], "triton")
     assert (out[5:] == 0).all() and (out[:, 6:] == 0).all()

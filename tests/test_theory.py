@@ -290,7 +290,7 @@ def test_adam_moves_an_idle_magnitude_all_the_same():
 
 
 def decayed(b, which, steps=20):
-    """b behind `steps` of weight decay 0.1 at lr 0.1, by the project's groups, on γ of one role and nothing else."""
+    """b after `steps` of weight decay 0.1 at lr 0.1, by the project's groups, on γ of one role and nothing else."""
     roles = [(name, p, "matrix" if name.startswith("weight") else "input" if name.startswith("v") else "output",
               not name.startswith("weight")) for name, p in b.named_parameters()]
     optimizer = torch.optim.AdamW(param_groups(roles, 0.1, which), lr=0.1)
