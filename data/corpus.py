@@ -40,14 +40,16 @@ def in_threads(function, items):
     Yields function(item) for each item in order, worked out on every core, a few items ahead of what was asked for.
     Threads, because tiktoken lets go of the interpreter's lock; and unlike a process none can be killed by itself.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = deque()
+    pool, pending = ThreadPoolExecutor(os.cpu_count()), deque()
+    try:
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 4 * os.cpu_count():
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C nothing is begun any more
 
 
 def write_corpus(files, out, tokenizer):

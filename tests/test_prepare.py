@@ -255,13 +255,17 @@ def test_threads_keep_the_order_and_do_not_run_ahead():
     assert list(results) == list(range(5, 1000))
 
 
-def test_an_error_in_a_thread_ends_the_corpus():
-    def fail(i):
-        if i == 7:
+def test_an_error_in_a_thread_ends_the_corpus_and_begins_nothing_more():
+    done = []
+
+    def fail_first(i):
+        if i == 0:
             raise MemoryError
-        return i
+        time.sleep(0.5)
+        done.append(i)
     with pytest.raises(MemoryError):
-        list(corpus.in_threads(fail, range(1000)))
+        list(corpus.in_threads(fail_first, range(1000)))
+    assert len(done) < 4 * os.cpu_count()
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------
@@ -320,13 +324,13 @@ def test_fineweb_fetches_what_is_missing_and_only_that(shards, tmp_path):
     (lambda content: b"<html>" + content, "not a file of tokens"),
 ])
 def test_fineweb_refuses_a_shard_that_contradicts_its_header(shards, tmp_path, damage, said):
-    name, out = "fineweb_train_000001.bin", tmp_path / "out"
+    name, out = "fineweb_val_000000.bin", tmp_path / "out"
     good = shards.files[name]
     shards.files[name] = damage(good)
     with pytest.raises(DataError) as error:
         fineweb.prepare(1, out)
     one_line(error, str(out / name), said)
-    assert not (out / "meta.json").exists()
+    assert not (out / "meta.json").exists() and shards.asked == [name]  # and nothing more was fetched
     shards.files[name] = good  # the next run does not take it for whole
     fineweb.prepare(1, out)
     assert contents(out)[name] == good
