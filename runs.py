@@ -2,13 +2,16 @@
 What a run leaves on disk: its folder, its logs, its checkpoints. A kill can cut the last row of a log and nothing else.
 """
 
+import ast
 import csv
 import hashlib
+import io
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import tokenize
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -69,11 +72,19 @@ CODE = ("norms.py", "kernels.py", "model.py", "moe.py", "optim.py", "train.py", 
 
 
 def code_hash():
-    """A digest of the files that decide what a run computes."""
+    """A digest of the files that decide what a run computes, their comments, docstrings and empty lines left out."""
     digest = hashlib.sha256()
     for name in CODE:
-        digest.update((Path(__file__).parent / name).read_bytes())
-    return digest.hexdigest()[:12]
+        source = (Path(__file__).parent / name).read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+                lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+        digest.update("\n".join([name, *(line.rstrip() for line in lines if line.strip())]).encode())
+    return digest.hexdigest()[:10]
 
 
 # ---------------------------------------------------------------------------------------------------------------
