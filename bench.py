@@ -231,9 +231,7 @@ def cases(size, strategies, tokens, device, dtype):
 def ligers(name, x=None, y=None, gamma=None, residual=None, eps=None, normed=None, **_):
     """A call of what Liger offers for the op that was called with these arguments, or None."""
     try:
-        from liger_kernel.ops.fused_add_rms_norm import (
-            LigerFusedAddRMSNormFunction as AddNorm,
-        )
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as AddNorm
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
         from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as SwiGLU
     except ImportError:

@@ -87,9 +87,7 @@ def make_optimizers(groups, optimizer, betas, shard=False):
     elif hidden:
         wanted.append((hidden, torch.optim.Muon, dict(lr=0.0, adjust_lr_fn="match_rms_adamw")))
     if shard:
-        from torch.distributed.optim import (
-            ZeroRedundancyOptimizer,  # half a second to import, and seldom needed
-        )
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # half a second to import, and seldom needed
         return [ZeroRedundancyOptimizer(params, kind, **kw) for params, kind, kw in wanted]
     return [kind(params, **kw) for params, kind, kw in wanted]
 

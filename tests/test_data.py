@@ -11,8 +11,21 @@ import numpy as np
 import pytest
 
 from configurator import ConfigError
-from data.tokens import (HERE, UNFINISHED, BinWriter, DataError, Tokens, data_folder, load_tokenizer, open_tokens,
-                         read_meta, rebuild_command, split_files, vocabulary, write_meta)
+from data.tokens import (
+    HERE,
+    UNFINISHED,
+    BinWriter,
+    DataError,
+    Tokens,
+    data_folder,
+    load_tokenizer,
+    open_tokens,
+    read_meta,
+    rebuild_command,
+    split_files,
+    vocabulary,
+    write_meta,
+)
 
 B = 8  # block size
 

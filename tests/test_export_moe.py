@@ -6,16 +6,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from test_export import (
-    IDS,
-    TINY,
-    export_all,
-    logits,
-    same_by_our_own_code,
-    same_by_transformers,
-    save_run,
-    shaken,
-)
+from test_export import IDS, TINY, export_all, logits, same_by_our_own_code, same_by_transformers, save_run, shaken
 from test_hf import dataset, first_val_loss, from_folder, train, transformers
 
 from configurator import ConfigError, configure
