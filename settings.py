@@ -42,7 +42,7 @@ class GPTConfig:
     v_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of v, where it differs from that of q and k [R]
     ffn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in the FFN, where it differs
     qkv_norm: Literal["head", "full"] = "head"  # what norms of q, k, v take the mean over [R]
-    reparam: Literal[FORMS] = "direct"  # how γ is parameterised; or, er [R]
+    reparam: Literal[FORMS] = "direct"  # how γ is parameterised: ScaleVector has the formulas
     final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head [R]
     # mixture of experts
     n_experts: Whole = 0  # SwiGLU experts in place of each FFN; 0 is a dense model

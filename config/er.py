@@ -1,2 +1,2 @@
-# ER (paper; the formula is our reconstruction): γ = exp(β) √n α/‖α‖.
+# ER (paper): γ = exp(β) exp(α − mean α).
 reparam = "er"

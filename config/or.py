@@ -1,2 +1,2 @@
-# OR (paper; the formula is our reconstruction): γ = β √n α/‖α‖.
+# OR (paper): γ = β √n α/‖α‖.
 reparam = "or"

@@ -1,4 +1,4 @@
-# The paper's unified strategy: HG + DNP + OR + IWD. OR's formula and where DNP acts are our reconstruction.
+# The paper's unified strategy: HG + DNP + OR + IWD. Where DNP acts, and that decay spares OR's α, is our reconstruction.
 heterogeneous = True
 placement = "dual_norm"
 reparam = "or"
