@@ -880,9 +880,9 @@ _swiglu.register_autograd(_swiglu_gradients, setup_context=_swiglu_context)
 
 
 class _NormedSwiGLU(torch.autograd.Function):
-    # Written out for a CPU without a compiler: autograd makes a pass over memory for each of some 20 operations, and keeps
-    # five copies of the rows; this goes through all of them with a block of rows that stays in the cache, and keeps y and
-    # its result. In the quickstart it takes three quarters of the time.
+    # Written out for a CPU without a compiler: autograd makes a pass over memory for each of some 20 operations, and
+    # keeps five copies of the rows. This goes through all of them with a block of rows that stays in the cache, and
+    # keeps y and its result. In the quickstart it takes three quarters of the time.
 
     @staticmethod
     def blocks(gamma, *tensors):
@@ -909,8 +909,8 @@ class _NormedSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dh):
-        # With N = N(gate), a = γ ⊙ N and h = silu(a) ⊙ N(up): the gradients of two norms (see _RMSNorm) and of SwiGLU. The
-        # mean in that of up is one of dh ⊙ h, so N(up) itself is not needed.
+        # With N = N(gate), a = γ ⊙ N and h = silu(a) ⊙ N(up): the gradients of two norms (see _RMSNorm) and of SwiGLU.
+        # The mean in that of up is one of dh ⊙ h, so N(up) itself is not needed.
         y, gamma, h, r = ctx.saved_tensors
         n, m, wide = ctx.n, y.size(-1) // 2, r.dtype
         dy, dgammas = y.new_zeros(y.shape) if m > n else y.new_empty(y.shape), []

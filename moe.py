@@ -119,7 +119,7 @@ class MoE(nn.Module):
     grouped = None  # True or False, in tests; else can_group says
 
     def __init__(self, config, router, experts, shared=None):
-        """router: Branches with one, 'router'. experts: the FFN of n_experts stacked. shared: the shared experts' FFN."""
+        """router: Branches with one, 'router'. experts: the FFN of n_experts, stacked. shared: an FFN, or None."""
         super().__init__()
         self.config, E = config, config.n_experts
         self.router, self.experts, self.shared = router, experts, shared
@@ -139,7 +139,10 @@ class MoE(nn.Module):
         E, K = config.n_experts, config.experts_per_token
         x = h.flatten(0, 1)  # (N, n_embd)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        (logits,) = self.router(wide) if self.written else [F.linear(wide, self.router.folded_weight(wide.dtype))]  # (N, E)
+        if self.written:
+            (logits,) = self.router(wide)  # (N, E)
+        else:
+            logits = F.linear(wide, self.router.folded_weight(wide.dtype))
         if self.experts.gate_up.idle_norm and not self.written:  # h is not normed, and the router needs its length
             logits = logits * (wide.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
         scores = logits.sigmoid() if config.router == "sigmoid" else logits.softmax(-1)

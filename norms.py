@@ -1,7 +1,8 @@
 """
 Scale vectors: the γ of RMSNorm, in every form, place and role.
 
-After arXiv 2605.26895. A *branch* is a linear map fed by a Pre-Norm: q, k, v, gate, up. With N(x) = x / sqrt(mean(x²) + ε):
+After arXiv 2605.26895. A *branch* is a linear map fed by a Pre-Norm: q, k, v, gate, up.
+With N(x) = x / sqrt(mean(x²) + ε):
 
     input      baseline  W_c (γ ⊙ N(x))             one γ for all branches of the norm
                HG        W_c (v_c ⊙ N(x))           heterogeneous: a γ for each
@@ -97,7 +98,8 @@ class ScaleVector(nn.Module):
         if self.form == "product":
             return self.beta * self.alpha
         if self.form == "or":
-            return self.beta * math.sqrt(self.n) * self.alpha / torch.linalg.vector_norm(self.alpha, dim=-1, keepdim=True)
+            length = torch.linalg.vector_norm(self.alpha, dim=-1, keepdim=True)
+            return self.beta * math.sqrt(self.n) * self.alpha / length
         return (self.beta + self.alpha - self.alpha.mean(-1, keepdim=True)).exp()
 
     def extra_repr(self):
@@ -186,6 +188,7 @@ class Branches(nn.Module):
         A model then leaves it out and gives the branches x itself.
 
         ε is where the two differ: to be the same, the branches' ε would have to be ε / r² for each token, r = 1/rms(x).
-        We leave it as it is. So ε acts on W (v ⊙ x), at the size that the residual stream has; README has the difference.
+        We leave it as it is. So ε acts on W (v ⊙ x), at the size that the residual stream has; results/idle_norm has
+        what that changes.
         """
         return len(self.normed) == len(self.n_out)

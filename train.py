@@ -147,7 +147,7 @@ def restore(s, path, model, optimizers, fingerprint):
 
 
 def open_logs(s, out, step, counts, device, world):
-    """Write config.json, and open log.csv, scales.csv and, for a mixture, experts.csv: (log, scales, experts or None)."""
+    """Write config.json and open log.csv, scales.csv and a mixture's experts.csv: (log, scales, experts or None)."""
     commit, resumed = git_commit(), []
     if step:
         before = read_json(out / "config.json")
