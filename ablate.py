@@ -17,10 +17,8 @@ seeds or rates can be added to what another machine has begun; rows of other cel
 nothing.
 """
 
-import ast
 import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -31,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import time
-import tokenize
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -41,22 +38,15 @@ from typing import get_type_hints
 
 import torch
 
-from configurator import ConfigError, Count, check, configure, help_text, refuse
-from data.tokens import DataError, Tokens, data_folder
+from configurator import ConfigError, Count, check, configure, help_text, read_json, refuse
+from data.tokens import DataError, Tokens, data_folder, vocabulary
 from model import GPT
-from runs import write_whole
+from runs import code_hash, lock, replacing, write_whole
 from settings import Settings, batch_plan, gpt_config
 from stats import LEVEL, POWER, read_csv, scaling_fits, summarise
 
-try:
-    import fcntl
-except ImportError:
-    sys.exit("ablate.py needs Linux or macOS: cells are locked with fcntl. train.py runs on Windows too")
-
 HERE = Path(__file__).resolve().parent
 CELLS = Path("out/ablate/cells")
-# What decides a cell's losses, beside its settings and its data.
-CODE = ("train.py", "model.py", "moe.py", "norms.py", "kernels.py", "optim.py", "data/tokens.py")
 
 # An arm is (name, config files and flags, the arm it is compared with). A word without dashes is config/<word>.py.
 STARTS = {"N(0, 0.02)": "--init_std=0.02 --embedding_std=0.02", "1/√fan_in": "--init_std=0 --embedding_std=0.02",
@@ -140,7 +130,7 @@ class Cell:
     @cached_property
     def folder(self):
         s = self.settings
-        # gpt_config: what settings.py makes of a 0 or a 'same' is no part of CODE
+        # gpt_config: what settings.py makes of a 0 or a 'same' is no part of the code's hash
         identity = json.dumps([asdict(s), asdict(gpt_config(s)), self.identity], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:10]
         return CELLS / f"{s.n_layer}x{s.n_embd}-{s.max_steps}steps-lr{s.lr:g}-seed{s.seed}-{digest}"
@@ -170,7 +160,7 @@ def parse(args):
     own, base = [], []
     for arg in args[1:]:
         name = arg[2:].partition("=")[0] if arg.startswith("--") else ""
-        if name in ("seed", "out_dir", "resume"):
+        if name in ("seed", "out_dir", "resume", "overwrite"):
             raise ConfigError(f"{arg}: ablate.py sets {name} for each cell; there are --seeds and --out")
         (own if name in get_type_hints(Options) else base).append(arg)
     opt, _ = configure(Options, own)
@@ -207,7 +197,7 @@ def at_size(size, arms, opt):
         shape, label = [f"--n_layer={label}", f"--n_head={label}", f"--n_embd={width}"], f"{label}x{width}"
     if own and not budget.isdigit():
         raise ConfigError(f"--sizes: {size}: after the @ comes a number of tokens, as in 2@100")
-    s, _ = configure(Settings, shape + arms[0][1])
+    s = settings_of(shape + arms[0][1])
     tokens = int(budget or opt.tokens_per_param) * meta_model(s).counts()["params"]
     steps = max(1, round(tokens / s.batch_tokens))
     length = [f"--max_steps={steps}", f"--warmup_steps={min(s.warmup_steps, steps // 10)}"]
@@ -221,35 +211,25 @@ def meta_model(s):
         return GPT(gpt_config(s))
 
 
-def code_hash():
-    """10 hex digits of CODE without its comments, docstrings and empty lines: rewording one makes no other cell."""
-    digest = hashlib.sha256()
-    for name in CODE:
-        source = (HERE / name).read_text(encoding="utf-8")
-        lines = source.splitlines()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
-                lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-        digest.update("\n".join([name, *(line.rstrip() for line in lines if line.strip())]).encode())
-    return digest.hexdigest()[:10]
+def settings_of(words):
+    """Settings from train.py's arguments, the vocabulary its data's and the embedded data there. Raises ConfigError."""
+    s, _ = configure(Settings, words)
+    folder = data_folder(s.dataset)
+    if s.dataset == "pysrc" and not (folder / "meta.json").exists():
+        from data.pysrc.prepare import prepare
+        prepare()
+    return replace(s, vocab_size=s.vocab_size or vocabulary(folder), sample_tokens=0)
 
 
 def make_arms(named, opt, code):
     """{name: its Cell at train.py's rate and seed} of suite_arms()'s triples. Raises ConfigError, DataError."""
     arms, data = {}, {}
     for name, words, _ in named:
-        s, _ = configure(Settings, words)
-        s = replace(s, sample_tokens=0)
+        s = settings_of(words)
         batch_plan(s, opt.nproc)
-        folder, key = data_folder(s.dataset), (s.dataset, s.block_size, s.vocab_size)
-        if s.dataset == "pysrc" and not (folder / "meta.json").exists():
-            from data.pysrc.prepare import prepare
-            prepare()
+        key = s.dataset, s.block_size, s.vocab_size
         if key not in data:
-            data[key] = [Tokens(folder, split, s.block_size, s.vocab_size).fingerprint() for split in ("train", "val")]
+            data[key] = [Tokens(data_folder(s.dataset), split, *key[1:]).fingerprint() for split in ("train", "val")]
         arms[name] = Cell(s, [data[key], code], meta_model(s).flops_per_token() * s.batch_tokens * s.max_steps)
     return arms
 
@@ -316,7 +296,7 @@ COLUMNS = OF_SUITE + ["lr", "seed", "val_loss", "params", "scale_params", "steps
 
 def result_row(cell):
     """What results.csv says of a finished cell, beside OF_SUITE."""
-    s, made = cell.settings, json.loads((cell.folder / "config.json").read_text(encoding="utf-8"))
+    s, made = cell.settings, read_json(cell.folder / "config.json")
     rates = [float(r) for row in read_csv(cell.folder / "log.csv") if (r := row["tokens_per_second"]) != "0"]
     values = (s.lr, s.seed, val_loss(cell), made["params"], made["scale_params"], s.max_steps,
               s.max_steps * s.batch_tokens, f"{cell.flops:.6g}", f"{statistics.median(rates):.0f}" if rates else "",
@@ -338,13 +318,17 @@ def evaluations(cell, log, n):
 # running
 
 
-class Runner:
-    """
-    Runs cells, `jobs` at a time, each a process of train.py.
+def in_use(folder):
+    """Whether a run holds the folder, such as one whose ablate.py was killed."""
+    try:
+        lock(folder).close()
+    except ConfigError:
+        return True
+    return False
 
-    A cell's lock file is held by ablate.py and by the cell's own process: if ablate.py alone is killed, the cell
-    goes on and a second ablate.py waits for it instead of writing into the same folder.
-    """
+
+class Runner:
+    """Runs cells, `jobs` at a time, each a process of train.py. Those that others run are waited for."""
 
     def __init__(self, opt):
         self.opt, self.code, self.edited = opt, code_hash(), False
@@ -355,52 +339,43 @@ class Runner:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.threads = max(1, cpus // (opt.jobs * opt.nproc))
 
-    def command(self, cell):
-        s = cell.settings
-        flags = [f"--{f.name}={getattr(s, f.name)}" for f in fields(s) if getattr(s, f.name) != f.default]
-        flags += [f"--out_dir={cell.folder}", *(["--resume=True"] if (cell.folder / "ckpt.pt").exists() else [])]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.opt.nproc}"]
-        return [sys.executable, *(launcher if self.opt.nproc > 1 else []), str(HERE / "train.py"), *flags]
-
     def start(self, cell):
         """Start a cell, where no other process has it and the code is still what it was."""
         cell.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(cell.folder / "lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.edited = code_hash() != self.code
-        except BlockingIOError:
-            os.close(lock)
+        if in_use(cell.folder):
             return
         if val_loss(cell) is not None:
             (cell.folder / "ckpt.pt").unlink(missing_ok=True)  # of hundreds of cells they would fill the disk
-        if val_loss(cell) is not None or self.edited:
-            os.close(lock)
             return
-        slot = self.free.pop(0)
+        self.edited = code_hash() != self.code
+        if self.edited:
+            return
+        slot, n, s = self.free.pop(0), self.opt.nproc, cell.settings
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+        command = [sys.executable, *launcher,
+                   str(HERE / "train.py"), f"--out_dir={cell.folder}", "--resume=auto",
+                   *(f"--{f.name}={getattr(s, f.name)}" for f in fields(s) if getattr(s, f.name) != f.default)]
         env = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
         if self.gpus:
-            mine = [self.gpus[(slot * self.opt.nproc + i) % len(self.gpus)] for i in range(self.opt.nproc)]
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join({self.gpus[(slot * n + i) % len(self.gpus)]: 0 for i in range(n)})
         with open(cell.folder / "train.log", "w", encoding="utf-8") as log:
             # a session of its own: Ctrl-C comes to ablate.py alone, which passes it on
-            process = subprocess.Popen(self.command(cell), stdin=subprocess.DEVNULL, stdout=log,
-                                       stderr=subprocess.STDOUT, env=env, pass_fds=(lock,), start_new_session=True)
-        self.running.append((cell, process, slot, lock))
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
+                                       start_new_session=True)
+        self.running.append((cell, process, slot))
 
-    def collect(self, cell, process, slot, lock):
+    def collect(self, cell, process, slot):
         """Put down how a cell ended: that it diverged, or that it failed and why. Returns its loss or None."""
         output = (cell.folder / "train.log").read_text(encoding="utf-8", errors="replace")
         diverged = re.search(r"^train\.py: (step \d+: loss .*)$", output, re.M)
         if val_loss(cell) is None and process.returncode and diverged:
             write_whole(cell.folder / "diverged.txt", diverged[1] + "\n")
-        elif val_loss(cell) is None and not self.signals:
+        elif val_loss(cell) is None and not self.signals and not in_use(cell.folder):
             lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
             killed = process.returncode < 0 and f"killed by {signal.Signals(-process.returncode).name}"
             self.failed[cell.folder] = killed or lines[-1]
-        self.running.remove((cell, process, slot, lock))
+        self.running.remove((cell, process, slot))
         self.free.append(slot)
-        os.close(lock)
         return val_loss(cell)
 
     def run(self, wanted, report):
@@ -426,16 +401,17 @@ class Runner:
                     ended = [entry for entry in self.running if entry[1].poll() is not None]
                     if len(self.signals) > told:
                         told = len(self.signals)
-                        for _, process, _, _ in self.running:
-                            # the first lets train.py save; torchrun passes it on, so it must not go to the whole group
-                            process.terminate() if told == 1 else os.killpg(process.pid, signal.SIGKILL)
+                        # the first lets train.py save; torchrun passes it on, so it must not go to the whole group
+                        gentle = told == 1 or os.name == "nt"
+                        for _, process, _ in self.running:
+                            process.terminate() if gentle else os.killpg(process.pid, signal.SIGKILL)
                     if not self.running:  # others have what is left
                         break
                 for entry in ended:
                     if (loss := self.collect(*entry)) is not None:
                         report(entry[0], loss)
         finally:
-            for _, process, _, _ in self.running:  # only where ablate.py itself failed
+            for _, process, _ in self.running:  # only where ablate.py itself failed
                 process.terminate()
             for sig, handler in old.items():
                 signal.signal(sig, handler)
@@ -527,11 +503,10 @@ def report_text(rows, command):
 def write_csv(path, rows):
     """Write dicts of equal keys, whole or not at all; without rows, nothing."""
     if rows:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(path, text.getvalue())
+        with replacing(path, encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def recorded(out):

@@ -1,9 +1,7 @@
 """ablate.py: which cells there are, which rate is chosen, and that nothing is lost, mixed up or run twice."""
 
 import ast
-import fcntl
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 import ablate
+import runs
 from configurator import ConfigError
 from data.tokens import BinWriter, load_tokenizer, write_meta
 
@@ -79,12 +78,12 @@ def test_other_data_or_settings_are_other_cells(tiny):
     assert not here & folders()
 
 
-@pytest.mark.parametrize("file", ablate.CODE)
+@pytest.mark.parametrize("file", runs.CODE)
 def test_other_code_makes_other_cells_and_other_words_do_not(file, tmp_path, monkeypatch):
-    for name in ablate.CODE:
+    for name in runs.CODE:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    monkeypatch.setattr(ablate, "HERE", tmp_path)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
     source, before = (tmp_path / file).read_text(), ablate.code_hash()
     (tmp_path / file).write_text("# a remark\n\n" + source.replace('"""', '"""About this: ', 1) + "\n# another\n")
     assert ablate.code_hash() == before
@@ -106,7 +105,7 @@ def test_all_that_a_run_imports_is_part_of_its_name_or_decides_no_loss():
                 a.name for a in node.names] if isinstance(node, ast.Import) else []
             files = {module.replace(".", "/") + ".py" for module in modules}
             todo += [f for f in files - found if (ROOT / f).exists() and not f.endswith("prepare.py")]
-    assert found - no_loss == set(ablate.CODE)
+    assert found - no_loss == set(runs.CODE)
 
 
 def test_scaling_counts_tokens_by_the_baselines_parameters(tiny):
@@ -132,11 +131,10 @@ def test_mistakes_are_refused_before_anything_runs(args, message, tiny):
     assert not Path("out").exists()
 
 
-def test_without_fcntl_one_line_says_what_is_needed():
-    code = "import sys; sys.modules['fcntl'] = None; import ablate"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("ablate.py needs Linux or macOS")
-    assert len(done.stderr.splitlines()) == 1
+def test_without_fcntl_as_on_windows(tmp_path):
+    code = "import sys; sys.modules['fcntl'] = None; import ablate; print(ablate.in_use(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -247,14 +245,6 @@ def steps():
     return sum(last)
 
 
-def locked(folder):
-    with open(folder / "lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-
-
 def tables(folder):
     """The CSVs of a folder, without what no two commands share."""
     own = ("suite", "tokens_per_second")
@@ -263,8 +253,7 @@ def tables(folder):
 
 
 def test_killed_twice_and_resumed_gives_the_same_table(tiny, capsys):
-    # tuned at two rates, then reported; 2 jobs: one thread each, quick on a busy machine
-    args = [ONE, "--lrs=1e-3,4e-3", "--tune_seeds=7", "--seeds=1", "--max_steps=600", "--jobs=2", *tiny]
+    args = [ONE, "--seeds=1", "--max_steps=600", "--jobs=2", *tiny]  # 2 jobs: one thread each, quick on a busy machine
     for kill in (signal.SIGTERM, signal.SIGKILL):
         before = steps()
         process = start(*args)
@@ -272,22 +261,21 @@ def test_killed_twice_and_resumed_gives_the_same_table(tiny, capsys):
         process.send_signal(kill)
         output = process.communicate(timeout=60)[0]
         folders = list(ablate.CELLS.iterdir())
-        assert len(folders) == 2 and steps() < 1200, "it was over before it was killed"
+        assert len(folders) == 1 and steps() < 600, "it was over before it was killed"
         if kill == signal.SIGTERM:
             assert process.returncode == 128 + kill and "the same command goes on:\n  python ablate.py" in output
             assert any((folder / "ckpt.pt").exists() for folder in folders)
-    assert any(map(locked, folders))  # the orphans go on and hold their cells
+    assert any(map(ablate.in_use, folders))  # the orphans go on and hold their cells
     assert ablate.main(args) == 0
-    assert not list(ablate.CELLS.glob("*/ckpt.pt")) and len(list(ablate.CELLS.iterdir())) == 3
+    assert not list(ablate.CELLS.glob("*/ckpt.pt")) and len(list(ablate.CELLS.iterdir())) == 1
     resumed = tables("out/ablate/unified")
-    assert [row["use"] for row in resumed["results"]] == ["tuning", "tuning", "report"]
     assert resumed["curves"][-1]["step"] == "600"
     Path("out").rename("out_resumed")
     assert ablate.main(args) == 0
     assert resumed == tables("out/ablate/unified")
     stamps = [path.stat().st_mtime_ns for path in ablate.CELLS.glob("*/train.log")]
     assert ablate.main(args) == 0 and stamps == [path.stat().st_mtime_ns for path in ablate.CELLS.glob("*/train.log")]
-    assert "3/3 different cells finished" in capsys.readouterr().out
+    assert "1/1 different cells finished" in capsys.readouterr().out
 
 
 def test_divergence_is_a_result_and_failure_is_not(tiny, capsys):
@@ -313,7 +301,7 @@ def test_a_cell_that_was_killed_by_a_signal_is_reported_as_that(tiny):
     cell = next(iter(cells_of("removal", *tiny).values()))
     runner = runner_of(cell)
     (cell.folder / "train.log").write_text("step 55  train_loss 2.58\n")
-    entry = cell, SimpleNamespace(returncode=-signal.SIGKILL), 0, os.open(os.devnull, os.O_RDONLY)
+    entry = cell, SimpleNamespace(returncode=-signal.SIGKILL), 0
     runner.running.append(entry)
     assert runner.collect(*entry) is None
     assert list(runner.failed.values()) == ["killed by SIGKILL"]
@@ -337,7 +325,7 @@ def test_two_at_once_share_a_cell(tiny):
 
 
 def test_results_go_on_without_their_cells(tiny, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", os.getcwd())
+    monkeypatch.setenv("HOME", str(Path.cwd()))
     flags = ["--max_steps=8", *tiny, "--jobs=2", "--out=~/results"]
     both = f"{ROOT / 'config/baseline.py'},{ONE}"
     assert ablate.main([ONE, "--seeds=1", *flags]) == 0
