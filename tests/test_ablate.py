@@ -344,6 +344,12 @@ def test_results_go_on_without_their_cells(tiny, monkeypatch, capsys):
     assert [(row["arm"], row["seed"], row["use"]) for row in more["results"]] == [
         (arm, seed, "report") for seed in "12" for arm in ("baseline", "unified")]
 
+    # a full disk: one line names the file, and what was there stays
+    full = ["bash", "-c", "ulimit -f 0; exec \"$@\"", "", sys.executable, str(ROOT / "ablate.py"), ONE, "--seeds=1"]
+    done = subprocess.run(full + flags, capture_output=True, text=True)
+    assert (done.returncode, tables("results")) == (1, more), done.stderr
+    assert done.stderr == f"ablate.py: {Path.cwd()}/results/results.csv cannot be written: File too large\n"
+
     # another code: everything runs anew, and what was there stays, apart
     code = ablate.code_hash
     monkeypatch.setattr(ablate, "code_hash", lambda: "another")
