@@ -1,0 +1,379 @@
+"""
+modeling_nanoscale.py as a citizen of transformers: what its users take for granted, asked of our class and of their Llama
+side by side. Numbers against nanoScale's own are in test_export.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from test_export import TINY, save_run
+
+from export import arguments, main
+from hf import fold, hf_tensors, open_model
+
+transformers = pytest.importorskip("transformers", reason="the modeling file is for transformers")
+from modeling_nanoscale import CACHE, NanoScaleConfig, NanoScaleForCausalLM, NanoScaleModel  # noqa: E402
+
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel, StaticCache  # noqa: E402
+
+KINDS = {
+    "llama": None,
+    "dnp": dict(),
+    "mixture": dict(n_experts=4, expert_dim=24, n_shared_experts=1, router="sigmoid"),
+    "gemma": dict(arch="gemma", attn_placement="input", v_placement="input", ffn_placement="input"),
+    "qk_norm": dict(v_placement="input", ffn_placement="norm", qkv_norm="full")}
+IDS = torch.randint(1, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+
+
+def make(kind, attention="sdpa", **kw):
+    """A small model whose every weight has something to say."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=99, hidden_size=32, intermediate_size=45, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+                 eos_token_id=2, **kw)
+    model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else NanoScaleForCausalLM(
+        NanoScaleConfig(**shape, **KINDS[kind]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0, 0.2) if p.ndim == 2 or name.endswith("bias") else p.copy_((0.3 * torch.randn_like(p)).exp())
+    model.set_attn_implementation(attention)
+    return model.eval()
+
+
+def logits(model, ids=None, **kw):
+    with torch.no_grad():
+        return model(ids, **kw).logits
+
+
+def same(a, b, bar=1e-5):
+    assert a.shape == b.shape and b.std() > 0.01
+    assert (a - b).abs().max() < bar
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# forward
+
+
+@each_kind
+@each_attention
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(kind, attention, side):
+    model = make(kind, attention)
+    padding, n = torch.zeros(2, 4, dtype=torch.int64), IDS.size(1)
+    ids, mask = (torch.cat(parts if side == "left" else parts[::-1], 1) for parts in
+                 ((padding, IDS), (padding, torch.ones_like(IDS))))
+    real = slice(4, None) if side == "left" else slice(n)
+    padded = logits(model, ids, attention_mask=mask)
+    assert padded.isfinite().all()
+    same(padded[:, real], logits(model, IDS))
+    assert (logits(model, ids)[:, real] - padded[:, real]).abs().max() > 1e-2 or side == "right"  # the mask did it
+
+
+@each_kind
+@each_attention
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_with_a_cache_as_without(kind, attention, cache):
+    model = make(kind, attention)
+    cache = cache(config=model.config, **({"max_cache_len": 16} if cache is StaticCache else {}))
+    parts = [logits(model, IDS[:, a:b], **{CACHE: cache}) for a, b in ((0, 5), (5, 6), (6, 9))]
+    same(torch.cat(parts, 1), logits(model, IDS, use_cache=False))
+    out = model(IDS)
+    assert getattr(out, CACHE).get_seq_length() == 9 and getattr(model(IDS, use_cache=False), CACHE) is None
+
+
+@each_kind
+@each_attention
+def test_masks_of_four_dimensions_and_packed_positions(kind, attention):
+    model = make(kind, attention)
+    alone = [logits(model, part) for part in (IDS[:, :4], IDS[:, 4:])]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)
+    same(logits(model, IDS, position_ids=positions, use_cache=False), torch.cat(alone, 1))
+    sees = torch.block_diag(torch.ones(4, 4).tril(), torch.ones(5, 5).tril()).bool()[None, None]
+    additive = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    same(logits(model, IDS, attention_mask=additive, position_ids=positions), torch.cat(alone, 1))
+    if kind != "llama" or attention == "sdpa":  # Llama's eager adds True and False to the scores
+        same(logits(model, IDS, attention_mask=sees, position_ids=positions), torch.cat(alone, 1))
+
+
+@each_kind
+def test_eager_equals_sdpa(kind):
+    same(logits(make(kind, "eager"), IDS), logits(make(kind, "sdpa"), IDS))
+    model = make(kind, "eager")
+    model.set_attn_implementation("sdpa")
+    assert model.model.layers[0].self_attn.config._attn_implementation == "sdpa"
+    assert not model(IDS, output_attentions=True).attentions  # it does not know them
+
+
+@each_kind
+def test_hidden_states_and_attentions(kind):
+    model = make(kind, "eager")
+    out = model(IDS, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+    assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(IDS))
+    same(model.lm_head(out.hidden_states[-1]), out.logits)
+    body = model.model(IDS, output_hidden_states=True)
+    same(body.last_hidden_state, out.hidden_states[-1])
+    same(body.hidden_states[1], out.hidden_states[1])
+    for weights in out.attentions:
+        assert weights.shape == (2, 4, 9, 9) and (weights.sum(-1) - 1).abs().max() < 1e-5
+        assert not weights.triu(1).any()
+    plain = model(IDS)
+    assert plain.hidden_states is None and plain.attentions is None
+    model.config.output_hidden_states = True
+    assert len(model(IDS).hidden_states) == 3
+    out.hidden_states[1].retain_grad()
+    out.logits.sum().backward()
+    assert out.hidden_states[1].grad.abs().max() > 0
+
+
+@each_kind
+def test_tuples_embeddings_and_the_last_logits(kind):
+    model = make(kind)
+    out = model(IDS, return_dict=False)
+    assert isinstance(out, tuple)
+    same(out[0], logits(model, IDS))
+    assert isinstance(model.model(IDS, return_dict=False), tuple)
+    same(logits(model, inputs_embeds=model.get_input_embeddings()(IDS)), logits(model, IDS))
+    same(logits(model, IDS, logits_to_keep=2), logits(model, IDS)[:, -2:])
+    same(logits(model, IDS, logits_to_keep=torch.tensor([1, 3])), logits(model, IDS)[:, [1, 3]])
+    for wrong in (dict(), dict(input_ids=IDS, inputs_embeds=torch.zeros(2, 9, 32))):
+        with pytest.raises(ValueError):
+            model(**wrong)
+
+
+@each_kind
+@pytest.mark.parametrize("tied", [False, True])
+def test_resizing_keeps_what_was_there(kind, tied, tmp_path):
+    model = make(kind, tie_word_embeddings=tied)
+    before = logits(model, IDS)
+    for n in (120, 99):
+        model.resize_token_embeddings(n)
+        after = logits(model, IDS)
+        assert after.size(-1) == n == model.config.vocab_size
+        same(after[..., :99], before)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    model.save_pretrained(tmp_path)
+    same(logits(type(model).from_pretrained(tmp_path), IDS), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# generating, saving
+
+
+@each_kind
+@each_attention
+def test_all_ways_to_generate_agree(kind, attention):
+    model = make(kind, attention)
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    mask = torch.ones_like(IDS)
+    idx = IDS
+    for _ in range(8):  # the definition
+        idx = torch.cat((idx, logits(model, idx, use_cache=False)[:, -1:].argmax(-1)), 1)
+    greedy = idx[:, 9:].tolist()
+    assert len({token for row in greedy for token in row}) > 3
+    for more in (dict(), dict(use_cache=False), dict(cache_implementation="static")):
+        assert model.generate(IDS, attention_mask=mask, **options, **more)[:, 9:].tolist() == greedy, more
+    ids, padded = (F.pad(x, (3, 0)) for x in (IDS, mask))
+    assert model.generate(ids, attention_mask=padded, **options)[:, 12:].tolist() == greedy
+    embedded = model.generate(inputs_embeds=model.get_input_embeddings()(IDS), attention_mask=mask, **options)
+    assert embedded[:, -8:].tolist() == greedy
+    beams = [model.generate(IDS, attention_mask=mask, num_beams=3, use_cache=use, **options).tolist()
+             for use in (True, False)]
+    assert beams[0] == beams[1]
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded(kind, dtype, tmp_path):
+    model = make(kind).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again, info = type(model).from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    assert not any(info.values())
+    assert all(torch.equal(x, model.state_dict()[name]) or name.endswith("bias") for name, x in again.state_dict().items())
+    if kind != "llama":  # whose RoPE was rounded to bf16 by to()
+        same(logits(again, IDS).float(), logits(model, IDS).float(), 1e-5 if dtype == torch.float32 else 0.1)
+    body = (LlamaModel if kind == "llama" else NanoScaleModel).from_pretrained(tmp_path, dtype=dtype)
+    same(body(IDS).last_hidden_state.float(), again.model(IDS).last_hidden_state.float())
+    if kind == "mixture":  # the choice among experts stays as fine as it was trained
+        assert again.model.layers[0].mlp.gate.e_score_correction_bias.dtype == torch.float32
+
+
+@each_kind
+def test_a_fresh_model_has_no_weight_left_to_chance(kind):
+    torch.manual_seed(1)
+    fresh = type(make(kind))(make(kind).config)
+    for name, p in fresh.named_parameters():
+        expected = 0.0 if name.endswith("bias") else 1.0
+        assert 0.015 < p.std() < 0.025 if p.ndim == 2 else (p == expected).all(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# training
+
+
+@each_kind
+def test_the_loss_is_the_mean_over_the_labels_that_count(kind):
+    model, labels = make(kind), IDS.clone()
+    labels[0, :4] = -100
+    expected = F.cross_entropy(logits(model, IDS)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    n = (labels[:, 1:] != -100).sum()
+    assert abs(model(IDS, labels=labels).loss - expected / n) < 1e-6
+    assert abs(model(IDS, labels=labels, num_items_in_batch=4 * n).loss - expected / (4 * n)) < 1e-6
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    assert abs(model(IDS, labels=torch.zeros_like(labels), shift_labels=shifted).loss - expected / n) < 1e-6
+
+
+@each_kind
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_with_and_without_checkpointing(kind, reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        model = make(kind).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+            assert model.is_gradient_checkpointing
+        runs = []
+        hook = model.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+        model(IDS, labels=IDS).loss.backward()
+        hook.remove()
+        assert len(runs) == 1 + checkpointing  # it ran again for the backward pass
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        assert (grad - grads[1][name]).abs().max() < 1e-6, name
+
+
+# Optimizer steps by Trainer, each from a folder's weights. argv: data, where to put the weights, and for each step a
+# folder, the sequences in a batch and the number of batches.
+TRAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+data, out, *steps = sys.argv[1:]
+x, labels = torch.load(data)
+results = []
+for folder, batch, accumulate in zip(steps[::3], steps[1::3], steps[2::3]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    args = TrainingArguments(
+        output_dir=out + ".trainer", per_device_train_batch_size=int(batch), gradient_accumulation_steps=int(accumulate),
+        max_steps=1, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, report_to="none",
+        save_strategy="no", logging_steps=1, use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model, args, train_dataset=[{"input_ids": a, "labels": b} for a, b in zip(x, labels)])
+    trainer.train()
+    results.append({"loss": trainer.state.log_history[0]["loss"], "weights": model.state_dict()})
+if trainer.is_world_process_zero():
+    torch.save(results, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory):
+    """(folder with exports and data for Trainer, {flags: (loss, weights of one step of our own)})"""
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    root = tmp_path_factory.mktemp("trainer")
+    x = torch.randint(1, 256, (8, 24), generator=torch.Generator().manual_seed(1))
+    labels = x.clone()
+    for i, row in enumerate(labels):  # the sequences have different numbers of labels
+        row[:2 * i + 1] = -100  # the first too: Trainer 4.57 counts it, though nothing predicts it
+    torch.save((x, labels), root / "data.pt")
+    (root / "train.py").write_text(TRAIN)
+    expected = {}
+    for name, flags in (("dense", []), ("mixture", ["--n_experts=4", "--expert_dim=24", "--router=sigmoid"])):
+        save_run(root / "run", [*TINY, str(ROOT / "config" / "unified.py"), *flags])
+        main(arguments([str(root / "run"), "--to", "hf", "--out", str(root / name)]))
+        (root / "run").rename(root / f"{name}.run")
+        ours, _ = open_model(root / name)
+        ours.config.router_aux = ours.config.router_z = 0.0  # losses of our training alone
+        idle = (".v.", ".u.v.", ".u.up.")  # scale vectors that are 1 there, since the weights have them
+        trained = [p for name, p in ours.named_parameters() if not any(part in name for part in idle)]
+        before = fold(ours)[1]
+        loss = ours(x[:, :-1], labels[:, 1:])[1]
+        loss.backward()
+        torch.optim.SGD(trained, lr=0.1).step()
+        config, after = fold(ours)
+        assert all((x - before[name]).abs().max() > 1e-4 for name, x in after.items() if not name.endswith("bias"))
+        expected[name] = loss.item(), hf_tensors("nanoscale", config, after)
+    return root, expected
+
+
+@pytest.mark.parametrize("processes,steps", [
+    (1, [("dense", 8, 1), ("dense", 2, 4), ("mixture", 8, 1), ("mixture", 2, 4)]),
+    (2, [("dense", 4, 1), ("dense", 2, 2)])], ids=["one process", "two processes"])
+def test_a_step_by_trainer_is_ours_however_the_batch_is_cut(processes, steps, step):
+    root, expected = step
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = dict(os.environ, HF_HOME=str(root / "home"), HF_HUB_OFFLINE="1")
+    words = [str(word) for name, *cut in steps for word in (root / name, *cut)]
+    done = subprocess.run([sys.executable, *launcher, root / "train.py", root / "data.pt", root / "out", *words], env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = torch.load(root / "out")
+    assert len(results) == len(steps)
+    for (name, *cut), theirs in zip(steps, results):
+        loss, weights = expected[name]
+        assert abs(theirs["loss"] - loss) < 1e-4  # they keep four digits
+        assert set(theirs["weights"]) == set(weights)
+        difference = {key: (theirs["weights"][key] - x).abs().max().item() for key, x in weights.items()}
+        print(f"{name}, {cut}, {processes}: largest difference after a step {max(difference.values()):.2g}")
+        assert max(difference.values()) < 1e-5, max(difference, key=difference.get)
+
+
+@pytest.mark.parametrize("kind", ["dnp", "mixture"])
+def test_peft_adapts_and_merges(kind):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    model = make(kind)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"]))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=1.0)
+    losses = []
+    for _ in range(5):
+        loss = adapted(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    trained = logits(adapted, IDS)
+    same(logits(adapted.merge_and_unload(), IDS), trained)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_fine_tunes(packing, tmp_path):
+    trl = pytest.importorskip("trl", reason="fine-tuning by SFTTrainer needs trl")
+    datasets = pytest.importorskip("datasets", reason="fine-tuning by SFTTrainer needs datasets")
+    save_run(tmp_path / "run", [*TINY, str(ROOT / "config" / "unified.py")])
+    main(arguments([str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "hf")]))
+    model = NanoScaleForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer.pad_token = tokenizer.eos_token
+    args = trl.SFTConfig(output_dir=str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=2, max_length=32,
+                         learning_rate=1e-2, report_to="none", save_strategy="no", logging_steps=1, use_cpu=True,
+                         packing=packing, bf16=False)
+    data = datasets.Dataset.from_dict({"text": ["def f(x):", "return x", "import os", "class A:"] * 4})
+    trainer = trl.SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the oldest transformers
+
+OLDEST = os.environ.get("OLDEST_TRANSFORMERS", "")
+
+
+@pytest.mark.skipif(not OLDEST, reason="set OLDEST_TRANSFORMERS to a Python that has transformers 4.57, and pytest")
+def test_all_of_this_by_the_oldest_version():
+    code = "import transformers; print(transformers.__version__)"
+    version = subprocess.run([OLDEST, "-c", code], capture_output=True, text=True).stdout
+    assert version.startswith("4.57")
+    env = {name: value for name, value in os.environ.items() if name != "OLDEST_TRANSFORMERS"}
+    tests = [str(ROOT / "tests" / name) for name in ("test_modeling.py", "test_export.py")]
+    done = subprocess.run([OLDEST, "-m", "pytest", "-q", *tests], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
