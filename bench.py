@@ -25,19 +25,17 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
-from contextlib import ExitStack, nullcontext
+from collections import namedtuple
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch._functorch.config
 import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 import kernels
@@ -59,14 +57,6 @@ STRATEGIES = {"kernels": "baseline,hg,dp,unified,gemma_wd_all",  # every placeme
               "peers": "baseline", "profile": "baseline,unified"}
 
 
-class NotTheSame(RuntimeError):
-    """Two models that were to be compared compute different things."""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# timing
-
-
 def paired_ratio(times, base):
     """(ratio, low, high) of times over base, paired by round: the geometric mean and its 95% interval."""
     mean, half = mean_and_half_width([math.log(t / b) for t, b in zip(times, base, strict=True)])
@@ -75,24 +65,19 @@ def paired_ratio(times, base):
 
 
 def clock(device):
-    """
-    The clock to time with. On a CPU and one thread, the process's own: it stands still while others have the core. More
-    threads, or a GPU, are only seen by the one on the wall.
-    """
-    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """The clock to time with. A CPU's one thread has its own, which stands still while others have the core."""
+    return time.perf_counter if device.type == "cuda" else time.process_time
 
 
-def alternate(arms, rounds, seed=0):
+def alternate(arms, rounds):
     """
     arms: name -> a function that does the work once and returns its seconds. Every round calls each once, in an order
     drawn anew. Returns name -> [seconds], a number for each round.
     """
-    order, times = random.Random(seed), {name: [] for name in arms}
-    with tqdm(total=rounds * len(arms), unit="timing", leave=False, disable=None) as bar:
-        for _ in range(rounds):
-            for name in order.sample(list(arms), len(arms)):
-                times[name].append(arms[name]())
-                bar.update()
+    order, times = random.Random(0), {name: [] for name in arms}
+    for _ in tqdm(range(rounds), unit="round", leave=False, disable=None):
+        for name in order.sample(list(arms), len(arms)):
+            times[name].append(arms[name]())
     return times
 
 
@@ -105,15 +90,14 @@ class Ceilings:
     """The most that the machine does: `copy` moves bytes and computes nothing, `matmul` computes and hardly moves."""
 
     def __init__(self, device, dtype):
-        self.device, self.clock, cuda = device, clock(device), device.type == "cuda"
-        mb, n = (256, 8192) if cuda else (64, 1024)
-        self.source = torch.randn(mb << 18, device=device)
-        self.target = torch.empty_like(self.source)
-        self.a, self.b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        self.device, self.clock = device, clock(device)
+        mb, n = (256, 8192) if device.type == "cuda" else (64, 1024)
+        self.source, self.target = torch.randn(2, mb << 18, device=device)
+        self.a, self.b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
         self.bytes, self.flops = 2 * self.source.nbytes, 2 * n**3
-        copy, matmul = (statistics.median([f() for _ in range(11)][1:]) for f in (self.copy, self.matmul))
+        copy, matmul = (statistics.median(f() for _ in range(11)) for f in (self.copy, self.matmul))
         self.said = (f"Ceilings: a copy of {mb} MB {self.bytes / copy / 1e9:.1f} GB/s; a product of {n} × {n} matrices "
-                     f"in {str(dtype).removeprefix('torch.')} {self.flops / matmul / 1e12:.3g} TFLOP/s.")
+                     f"in {dtype} {self.flops / matmul / 1e12:.3g} TFLOP/s.")
 
     def copy(self):
         return self.seconds(lambda: self.target.copy_(self.source))
@@ -140,44 +124,30 @@ class Ceilings:
         return start.elapsed_time(end) / 1e3
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# tables
-
-
 def report(name, rows, a, notes):
     """Print rows, a list of dicts or text, and write them with notes and the machine to NAME.md in a.out."""
-    printed = table = rows
-    if not isinstance(rows, str):
+    if isinstance(rows, list):
         lines = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        printed = "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
-        lines.insert(1, ["---"] * len(widths))
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    print(f"\n{name}", printed, *notes, sep="\n", flush=True)
-    # what a figure must say of where it was measured; packages by whether anyone imported them
+        lines.insert(1, ["-" * w for w in widths])
+        rows = "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    print(f"\n{name}", rows, *notes, sep="\n", flush=True)
     packages = {p: sys.modules[p].__version__ for p in ("triton", "transformers") if p in sys.modules}
     where = {"device": device_name(a.device), "threads": torch.get_num_threads(), **versions(), **packages,
              "commit": git_commit()}
     command = " ".join(arg for arg in a.command if not arg.startswith("--out"))
+    where = f"`python bench.py {command}`: " + ", ".join(f"{key} {value}" for key, value in where.items())
     a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / f"{name}.md").write_text("\n".join([
-        table, "", *notes, a.ceilings.said, "",
-        f"`python bench.py {command}`: " + ", ".join(f"{key} {value}" for key, value in where.items()), ""]),
-        encoding="utf-8")
+    (a.out / f"{name}.md").write_text("\n".join([rows, "", *notes, a.ceilings.said, "", where, ""]), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # kernels
 
 
-class Case(NamedTuple):
-    """An op to time, with inputs that a model gave it."""
-
-    strategy: str  # the first that calls it so
-    op: str
-    inputs: tuple  # the tensors that get a gradient
-    call: object  # takes nothing, returns a tensor or several
-    liger: object  # what Liger offers in its place, or None
+# An op to time: the strategy that calls it, its name, the inputs that get a gradient, a function without arguments that
+# runs it, and one that runs what Liger offers in its place, or None.
+Case = namedtuple("Case", "strategy op inputs call liger")
 
 
 def recorded(s, tokens, device, dtype):
@@ -189,9 +159,7 @@ def recorded(s, tokens, device, dtype):
 
     def recording(name, f):
         def call(*args, **kw):
-            given = inspect.signature(f).bind(*args, **kw)
-            given.apply_defaults()
-            calls.append((name, f, dict(given.arguments)))
+            calls.append((name, f, inspect.signature(f).bind(*args, **kw).arguments))
             return f(*args, **kw)
         return call
 
@@ -211,19 +179,13 @@ def cases(size, strategies, tokens, device, dtype):
     for strategy in strategies:
         for name, f, given in recorded(settings_of(size, strategy), tokens, device, dtype):
             copies = {}
-
-            def copy(x):  # and what branches share stays one tensor
-                if not isinstance(x, torch.Tensor):
-                    return x
-                return copies.setdefault(id(x), x.detach().clone().requires_grad_(x.requires_grad))
-
-            kw = tree_map(copy, given)
+            own = lambda x: copies.setdefault(id(x), x.detach().clone().requires_grad_(x.requires_grad))
+            kw = tree_map_only(torch.Tensor, own, given)  # and what branches share stays one tensor
             inputs = tuple(x for x in copies.values() if x.requires_grad)
             if any(f(**kw) is x for x in inputs):
                 continue  # nothing to do, as to cast to fp32
-            shapes = Counter("×".join(map(str, x.shape)) for x in inputs)
-            normed = given.get("normed") or ""
-            op = " ".join([name, "normed " * bool(normed) + "".join([] if normed is True else normed), ", ".join(f"{n} of {x}" if n > 1 else x for x, n in shapes.items())])
+            op = f"{name} normed={given['normed']}" if given.get("normed") else name
+            op = f"{op} {', '.join('×'.join(map(str, x.shape)) for x in inputs)}"
             found.setdefault(op, Case(strategy, op, inputs, lambda f=f, kw=kw: f(**kw), ligers(name, **kw)))
     return list(found.values())
 
@@ -231,17 +193,17 @@ def cases(size, strategies, tokens, device, dtype):
 def ligers(name, x=None, y=None, gamma=None, residual=None, eps=None, normed=None, **_):
     """A call of what Liger offers for the op that was called with these arguments, or None."""
     try:
-        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as AddNorm
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
-        from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as SwiGLU
+        from liger_kernel.ops import fused_add_rms_norm, rms_norm, swiglu
     except ImportError:
         return None
     if name == "swiglu" and not normed:
-        return lambda: SwiGLU.apply(y)
+        return lambda: swiglu.LigerFusedGateUpSiLUMulFunction.apply(y)
     if name == "rms_norm":
         gamma = torch.ones(x.size(-1), device=x.device) if gamma is None else gamma  # theirs want one
         rest = gamma, eps, 0.0, "llama", False  # in_place: it would write dX over dY, which may be used again
-        return (lambda: Norm.apply(x, *rest)) if residual is None else lambda: AddNorm.apply(x, residual, *rest)
+        if residual is None:
+            return lambda: rms_norm.LigerRMSNormFunction.apply(x, *rest)
+        return lambda: fused_add_rms_norm.LigerFusedAddRMSNormFunction.apply(x, residual, *rest)
 
 
 def bytes_moved(case):
@@ -300,9 +262,9 @@ def bench_kernels(size, a):
                             f"{part}_vs_compile": "{:.3f} ({:.3f}–{:.3f})".format(*ratio)})
             rows.append(row)
     report(f"kernels_{size_name(size)}", rows, a, [
-        f"{a.tokens} tokens, {str(a.dtype).removeprefix('torch.')}, {a.rounds} rounds. both: forward and backward. "
-        f"copy_%: bytes that the op must move, a second, over a copy's in the same round. vs_compile: time over "
-        f"the compiled twin's, with its 95% interval. A kernel that is below 1 nowhere, or above it somewhere, goes."])
+        f"{a.tokens} tokens, {a.dtype}, {a.rounds} rounds. both: forward and backward. copy_%: bytes that the op must "
+        f"move, a second, over a copy's in the same round. vs_compile: time over the compiled twin's, with its 95% "
+        f"interval. A kernel that is below 1 nowhere, or above it somewhere, goes."])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -326,14 +288,7 @@ def size_name(size):
 def build(s, device, dtype):
     torch.manual_seed(s.seed)
     with torch.device(device):
-        return model_module.GPT(gpt_config(s, str(dtype).removeprefix("torch.")))
-
-
-def random_batches(s, a):
-    """Four micro-batches of random tokens, on the device."""
-    torch.manual_seed(0)
-    shape = 4, 2, a.micro_batch or s.micro_batch, s.block_size
-    return list(torch.randint(0, s.vocab_size, shape, device=a.device).unbind())
+        return model_module.GPT(gpt_config(s, dtype))
 
 
 class Arm:
@@ -344,8 +299,8 @@ class Arm:
 
     def __init__(self, model, loss, optimizers, batches):
         """loss: takes (x, y). batches: a list of (x, y) on the device."""
-        self.model, self.loss, self.optimizers = model, loss, optimizers
-        self.batches, self.device = itertools.cycle(batches), batches[0][0].device
+        self.model, self.loss, self.optimizers, self.device = model, loss, optimizers, batches[0][0].device
+        self.batches = itertools.cycle(batches)
 
     def step(self):
         loss = self.loss(*next(self.batches))
@@ -371,9 +326,9 @@ class Arm:
     def memory_mb(self):
         """
         Peak of one step: parameters, AdamW's moments, and all that the step allocates on top. On a GPU as its allocator
-        says. On a CPU the profiler reports each allocation of a tensor and each release, and their running sum has a
-        largest value: exact, the same every time, and of this arm alone, which the process's resident size is not.
-        Neither sees the scratch memory that a library takes for itself, or what the allocator holds in reserve.
+        says. On a CPU the largest running sum of what the profiler says that tensors take and give back: exact, the
+        same every time, and of this arm alone, which the process's resident size is not. Neither sees the scratch
+        memory that a library takes for itself.
         """
         state = [t for o in self.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
         tensors = [*self.model.parameters(), *self.model.buffers(), *state]
@@ -400,10 +355,13 @@ def make_arm(size, strategy, a, way, shared):
     matrices = {name: p for name, p, role, _ in roles if role not in ("input", "output")}
     for name, p in matrices.items():
         p.data = shared.setdefault(name, p.data)
+    if "batches" not in shared:  # four, of random tokens
+        shape = 4, 2, a.micro_batch or s.micro_batch, s.block_size
+        shared["batches"] = list(torch.randint(0, s.vocab_size, shape, device=a.device).unbind())
     optimizers = make_optimizers(param_groups(roles, s.weight_decay, s.scale_decay, s.scale_lr_mult), s.optimizer,
                                  (s.beta1, s.beta2))
     run = torch.compile(model) if way == "compiled" else model
-    arm = Arm(model, lambda x, y: run(x, y)[1], optimizers, shared.setdefault("batches", random_batches(s, a)))
+    arm = Arm(model, lambda x, y: run(x, y)[1], optimizers, shared["batches"])
     arm.step()  # compiles, and makes AdamW's moments
     for optimizer in optimizers:
         for name, p in matrices.items():
@@ -413,10 +371,7 @@ def make_arm(size, strategy, a, way, shared):
 
 
 def compare(arms, flops, a):
-    """
-    (name -> its times, name -> its MB, name -> columns of its row, a note) of arms, their steps beside a matrix product
-    in the same rounds. flops: of a token.
-    """
+    """(name -> times, name -> MB, name -> columns of its row, a note) of arms. flops: of a token."""
     memory = {name: arm.memory_mb() for name, arm in arms.items()}
     timed = {name: lambda arm=arm: arm.seconds(a.block) for name, arm in arms.items()}
     times = alternate({**timed, "matmul": a.ceilings.matmul}, a.rounds)
@@ -427,8 +382,8 @@ def compare(arms, flops, a):
                          "matmul_%": share(flops * tokens, times[name], a.ceilings.flops, times["matmul"]),
                          "memory_mb": f"{memory[name]:.1f}"}
     return times, memory, columns, (
-        f"{tokens} tokens a step, {str(a.dtype).removeprefix('torch.')}, {a.rounds} rounds of {a.block} steps each. "
-        f"matmul_%: of the matrix product's speed in the same round. memory_mb: peak of a step.")
+        f"{tokens} tokens a step, {a.dtype}, {a.rounds} rounds of {a.block} steps each. matmul_%: of the matrix "
+        f"product's speed in the same round. memory_mb: peak of a step.")
 
 
 def bench_overhead(size, a):
@@ -448,81 +403,68 @@ def bench_overhead(size, a):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# peers
+# peers, profile
 
 
-def hf_llama(model, device):
-    """Hugging Face's Llama that computes what model does, from its folded weights, on the device in fp32."""
+def hf_llama(model, x, y):
+    """
+    (Hugging Face's Llama that computes what model does, in fp32, a line on their losses). Raises ConfigError where no
+    Llama does, and SystemExit where they differ on x and y: few tokens, since two large models leave little room.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config, tensors = fold(model)
     if (kind := hf_type(config, tensors)) != "llama":
-        raise NotTheSame(f"this model is no Llama to Hugging Face, but of type {kind}")
+        raise ConfigError(f"peers compares with a Llama, and to Hugging Face this model is of type {kind}")
     told = hf_config(kind, config, SimpleNamespace(separator=0, name="bytes"))
-    with torch.device(device):
+    with torch.device(x.device):
         llama = LlamaForCausalLM(LlamaConfig(**told, attn_implementation="sdpa"))
     llama.load_state_dict(hf_tensors(kind, config, tensors))
-    return llama.train()
-
-
-def llama_loss(llama, around=nullcontext):
-    """Its own loss on our batches, in `around()`: shift_labels are labels that are shifted already."""
-    def loss(x, y):
-        with around():
-            return llama(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
-    return loss
-
-
-@torch.no_grad()
-def check_same(model, llama, x, y):
-    """A line on both losses in fp32. Raises NotTheSame where they differ. Of few tokens, beside two large models."""
     dtype, model.config.dtype = model.config.dtype, "float32"
-    ours, theirs = model(x, y)[1].item(), llama_loss(llama)(x, y).item()
+    with torch.no_grad():
+        ours, theirs = model(x, y)[1].item(), llama_loss(llama, x, y).item()
     model.config.dtype = dtype
     if not abs(ours - theirs) <= 1e-4:
-        raise NotTheSame(f"our loss is {ours:.6f} and Hugging Face's {theirs:.6f}: nothing to compare the speed of")
-    return f"In fp32 the same weights give the loss {ours:.6f} here and {theirs:.6f} there."
+        sys.exit(f"bench.py: our loss is {ours:.6f} and Hugging Face's {theirs:.6f}: nothing to compare the speed of")
+    return llama.train(), f"In fp32 the same weights give the loss {ours:.6f} here and {theirs:.6f} there."
+
+
+def llama_loss(llama, x, y):
+    """Its own loss on our batches: shift_labels are labels that are shifted already."""
+    return llama(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
 
 
 def bench_peers(size, a):
     try:
         import transformers
     except ImportError:
-        print("bench.py: transformers is not installed: no Hugging Face model to compare with")
-        return
+        raise ConfigError("peers compares with Hugging Face's Llama: pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
-    arm, s = make_arm(size, a.strategies[0], a, "eager", {}), settings_of(size, a.strategies[0])
-    model, batches = arm.model, random_batches(s, a)
-    torch.manual_seed(1)
+    ours = make_arm(size, a.strategies[0], a, "eager", shared := {})
+    model, batches = ours.model, shared["batches"]
     for module in model.modules():  # no γ at 1, or a wrong one would go unnoticed
         if isinstance(module, norms.ScaleVector):
             module.set(1 + 0.1 * torch.randn(module.n))
-    llama = hf_llama(model, a.device)
-    same = check_same(model, llama, *(t[:1] for t in batches[0]))
-    theirs = [torch.optim.AdamW(llama.parameters(), lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8,
-                                weight_decay=s.weight_decay, fused=True)]
-    # Mixed precision as everyone has it there: fp32 weights under autocast. Ours keeps the same fp32 weights.
-    around = nullcontext if a.dtype == torch.float32 else lambda: torch.autocast(a.device.type, a.dtype)
+    llama, same = hf_llama(model, *(t[:1] for t in batches[0]))
+    optimizers = [torch.optim.AdamW(llama.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=True)]
+    # mixed precision as everyone has it there: fp32 weights under autocast
+    autocast = torch.autocast(a.device.type, getattr(torch, a.dtype), enabled=a.dtype != "float32")
     arms = {}
-    for way in a.ways:  # eager and compiled share their model
-        run_llama, run = (torch.compile(m) if way == "compiled" else m for m in (llama, model))
-        arms["Hugging Face", way] = Arm(llama, llama_loss(run_llama, around), theirs, batches)
-        arms["nanoScale", way] = Arm(model, lambda x, y, run=run: run(x, y)[1], arm.optimizers, batches)
-    for other in arms.values():
-        other.step()  # compiles
+    for way in a.ways:
+        run, theirs = (torch.compile(m) if way == "compiled" else m for m in (model, llama))
+        arms["Hugging Face", way] = Arm(llama, autocast(lambda x, y, run=theirs: llama_loss(run, x, y)), optimizers,
+                                        batches)
+        arms["nanoScale", way] = Arm(model, lambda x, y, run=run: run(x, y)[1], ours.optimizers, batches)
+    for arm in arms.values():
+        arm.step()  # compiles
     times, _, columns, note = compare(arms, model.flops_per_token(), a)
     rows = []
-    for whose, way in arms:
+    for (whose, way), cells in columns.items():
         ratio, low, high = (f"{r:.3f}" for r in paired_ratio(times["Hugging Face", way], times[whose, way]))
-        rows.append({"whose": whose, "way": way, "times_theirs": ratio, "low": low, "high": high,
-                     **columns[whose, way]})
+        rows.append({"whose": whose, "way": way, "times_theirs": ratio, "low": low, "high": high, **cells})
     report(f"peers_{size_name(size)}", rows, a, [
         same, "times_theirs: tokens per second over Hugging Face's, run in the same way, with its 95% interval. sdpa "
               "attention, AdamW and clipping are the same.", note])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# profile
 
 
 def bench_profile(size, a, steps=5):
@@ -546,54 +488,39 @@ VERBS = {"kernels": bench_kernels, "overhead": bench_overhead, "peers": bench_pe
 
 
 def arguments(args=None):
-    """The command line, with what it leaves open decided by the verb and the device."""
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(flag, default, help, **kw):
+        parser.add_argument(flag, default=default, help=f"{help}; default: {default}", **kw)
     parser.add_argument("what", choices=VERBS)
-    parser.add_argument("--sizes", help="names in config/size, or files, with commas; default: by the device")
-    parser.add_argument("--strategies", help="names in config, with commas, and flags after them, "
-                        "'baseline,unified --reparam=er'; overhead compares with the first")
+    parser.add_argument("--strategies", help="names in config, with commas, and flags after them: 'baseline,unified "
+                        "--reparam=er'; overhead compares with the first")
     parser.add_argument("--eager", action="store_true", help="eager models alone")
     parser.add_argument("--compile", action="store_true", help="compiled models alone; default: both")
-    parser.add_argument("--rounds", type=int, help="of alternating arms; default: 15, of a CPU's steps 60, of kernels 30")
-    parser.add_argument("--block", type=int, help="steps of an arm in a round; default: 20, on a CPU 1")
-    parser.add_argument("--micro_batch", type=int, help="sequences in a step; default: the size's")
-    parser.add_argument("--tokens", type=int, help="of kernels; default: 16384, on a CPU 2048")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU; default: 1, which others disturb least")
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "bench", help="default: results/bench")
+    add("--sizes", "llama_0.12b,llama_1b" if cuda else "quickstart", "names in config/size, or files, with commas")
+    add("--rounds", 30 if cuda else 60, "in which each arm has its turn", type=int)
+    add("--block", 20 if cuda else 1, "steps of an arm in a round", type=int)
+    add("--micro_batch", 0, "sequences in a step; 0 is the size's", type=int)
+    add("--tokens", 16384 if cuda else 2048, "of kernels", type=int)
+    add("--out", HERE / "results" / "bench", "where the tables go", type=Path)
     a = parser.parse_args(args)
-    a.command = sys.argv[1:] if args is None else [str(arg) for arg in args]
-    a.device, dtype = pick_device(Settings(device=a.device))
-    a.dtype, cuda = getattr(torch, dtype), a.device.type == "cuda"
-    if not cuda:
-        torch.set_num_threads(a.threads)
-    a.sizes = a.sizes.split(",") if a.sizes else ["llama_0.12b", "llama_1b"] if cuda else ["quickstart"]
-    a.strategies = (a.strategies or STRATEGIES[a.what]).split(",")
+    a.command = sys.argv[1:] if args is None else args
+    a.device, a.dtype = pick_device(Settings(device="cuda" if cuda else "cpu"))
+    a.sizes, a.strategies = a.sizes.split(","), (a.strategies or STRATEGIES[a.what]).split(",")
     a.ways = ["eager"] * (a.eager or not a.compile) + ["compiled"] * (a.compile or not a.eager)
-    a.rounds = a.rounds or (30 if a.what == "kernels" else 15 if cuda else 60)
-    a.block = a.block or (20 if cuda else 1)
-    a.tokens = a.tokens or (16384 if cuda else 2048)
     return a
 
 
 def main(args=None):
     a = arguments(args)
+    if a.device.type == "cpu":
+        torch.set_num_threads(1)  # the fewer cores, the less it matters what else the machine does
     a.ceilings = Ceilings(a.device, a.dtype)
     print(a.ceilings.said, flush=True)
-    # compile the backward pass with the forward, not when it is first needed
-    torch._functorch.config.force_non_lazy_backward_lowering = True
-    failed = False
     for size in a.sizes:
-        try:
-            VERBS[a.what](size, a)
-        except (torch.OutOfMemoryError, NotTheSame) as e:  # the other sizes' results are not lost with it
-            print(f"bench.py: {size}: {str(e).splitlines()[0]}", file=sys.stderr)
-            failed = True
+        VERBS[a.what](size, a)
         torch._dynamo.reset()  # compiled code may hold on to a model
-        if a.device.type == "cuda":
-            torch.cuda.empty_cache()
-    if failed:
-        sys.exit(1)
 
 
 if __name__ == "__main__":
