@@ -222,7 +222,7 @@ def bytes_moved(case):
     grads = torch.autograd.grad(outs, case.inputs, [torch.ones_like(y) for y in outs])
     known = storages([*case.inputs, *outs])
     again = [size for at, size in storages(kept).items() if at in known]
-    backward = [*storages(outs).values(), *again, *storages(grads).values()]
+    backward = [*(y.nbytes for y in outs), *again, *storages(grads).values()]
     return {"forward": sum(known.values()), "both": sum([*known.values(), *backward])}
 
 
