@@ -2,6 +2,7 @@
 Hand over a trained model without its scale vectors, as a folder that other tools read:
 
     python export.py out/unified --to hf --out models/unified          for transformers, vLLM and the like
+    python export.py out/unified_free --to llama.cpp --out models/free for its convert_hf_to_gguf.py
     python export.py out/unified --to nanoscale --out models/unified   for sample.py, and for train.py --init_from
 
 What can be folded is folded (hf.py). With --to hf a model without norms after its branches is then a LlamaForCausalLM
@@ -29,7 +30,7 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 def arguments(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the folder of a run, with its ckpt.pt, or one that was exported before")
-    parser.add_argument("--to", choices=("hf", "nanoscale"), required=True, help="the format")
+    parser.add_argument("--to", choices=("hf", "llama.cpp", "nanoscale"), required=True, help="the format")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
     return parser.parse_args(args)
@@ -105,18 +106,21 @@ def merges(tokens):
     return pairs
 
 
-def write_tokenizer(folder, tokenizer, max_length):
-    """tokenizer.json and tokenizer_config.json; like a document here, what they encode begins with the separator."""
-    symbols, end = byte_symbols(), "<|endoftext|>"
+def write_tokenizer(folder, tokenizer, config, to):
+    """
+    tokenizer.json and tokenizer_config.json; like a document here, what they encode begins with the separator.
+
+    llama.cpp's converter knows a BPE by what it makes of a text alone, so that add_bos_token has to ask for the separator;
+    and bytes as sentencepiece's fallback for unknown characters, where a space is ▁ and a ▁ therefore a space.
+    """
+    symbols, end, bpe = byte_symbols(), "<|endoftext|>", tokenizer.name != "bytes"
     spell = lambda token: "".join(symbols[b] for b in token)
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     tokens[tokenizer.separator] = None
-    vocab = {end if token is None else spell(token): i for i, token in enumerate(tokens)}
-    bpe = tokenizer.name != "bytes"
     pairs = merges([token for token in tokens if token is not None]) if bpe else []
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": bpe}
     separator, text = {"SpecialToken": {"id": end, "type_id": 0}}, lambda name: {"Sequence": {"id": name, "type_id": 0}}
-    write_json(folder / "tokenizer.json", {
+    told = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": tokenizer.separator, "content": end, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": True}],
@@ -126,11 +130,24 @@ def write_tokenizer(folder, tokenizer, max_length):
                            "special_tokens": {end: {"id": end, "ids": [tokenizer.separator], "tokens": [end]}}},
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
-                  "merges": [f"{spell(a)} {spell(b)}" for a, b in pairs]}})
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "merges": [f"{spell(a)} {spell(b)}" for a, b in pairs]}}
+    if to == "llama.cpp":
+        told["post_processor"] = None
+    if to == "llama.cpp" and not bpe:
+        replace = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
+        told.update(normalizer=replace(" ", "▁"), pre_tokenizer=None, decoder={"type": "Sequence", "decoders": [
+            replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]})
+        told["model"]["byte_fallback"] = True
+        spell = lambda token: "▁" if token == b" " else f"<0x{token.hex().upper()}>"
+    told["model"]["vocab"] = {end if token is None else spell(token): i for i, token in enumerate(tokens)}
+    if to == "llama.cpp" and not bpe:  # of a BPE, its converter makes these up itself
+        told["model"]["vocab"].update({f"<unused{i}>": i for i in range(len(tokens), config.vocab_size)})
+    write_json(folder / "tokenizer.json", told)
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
-        "clean_up_tokenization_spaces": False, "model_max_length": max_length})
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "add_bos_token": True,
+        "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": config.block_size,
+        "model_input_names": ["input_ids", "attention_mask"]})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -139,8 +156,8 @@ def write_tokenizer(folder, tokenizer, max_length):
 
 def write_model(folder, config, tensors, tokenizer, to):
     """
-    Fill an empty folder with a folded model. tokenizer: as load_tokenizer returns it. to: 'hf' or 'nanoscale'. Returns
-    the class of transformers that reads it, or None.
+    Fill an empty folder with a folded model. tokenizer: as load_tokenizer returns it. to: a format of --to. Returns the
+    class of transformers that reads it, or None. Raises ConfigError where the format has no such model.
     """
     from dataclasses import asdict
 
@@ -154,10 +171,13 @@ def write_model(folder, config, tensors, tokenizer, to):
         save_file(tensors, folder / "model.safetensors")
         return None
     kind = hf_type(config, tensors)
+    if to == "llama.cpp" and kind == "nanoscale":
+        raise ConfigError("llama.cpp computes Llamas and Mixtrals: no norms after the branches (placement input and dual "
+                          "have none), no other layout or router")
     told = hf_config(kind, config, tokenizer)
     write_json(folder / "config.json", told)
     save_file(hf_tensors(kind, config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(folder, tokenizer, config.block_size)
+    write_tokenizer(folder, tokenizer, config, to)
     if kind == "nanoscale":
         shutil.copy(Path(__file__).with_name("modeling_nanoscale.py"), folder)
     return told["architectures"][0]

@@ -260,7 +260,7 @@ def test_train_goes_on_from_our_own_export(dataset, tmp_path):
     (dataset / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 256}))
     with pytest.raises(ConfigError, match="knows tokens of 'bytes'"):
         train(dataset, tmp_path / "b", f"--init_from={tmp_path / 'out'}", "--placement=dual_norm")
-    assert not (tmp_path / "b").exists()
+    assert [path.name for path in (tmp_path / "b").glob("*")] in ([], ["train.lock"])  # nothing was written
 
 
 def test_norms_that_are_added_are_said(dataset, transformers, tmp_path, capsys):
