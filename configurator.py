@@ -101,13 +101,17 @@ def read_file(path, hints):
         where = f"{path}:{line}" if line else path
         raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
     values = {name: value for name, value in namespace.items() if not name.startswith("_")}
-    for name, value in values.items():
+    for name in values:
         _known(name, hints, path)
-        try:
-            values[name] = check(name, value, hints[name])
-        except ConfigError as e:
-            raise ConfigError(f"{path}: {e}") from None
-    return values
+    return check_all(values, hints, path)
+
+
+def check_all(values, hints, where):
+    """What check returns for each value, as a dict. Raises ConfigError, which begins with where they are from."""
+    try:
+        return {name: check(name, value, hints[name]) for name, value in values.items()}
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
 
 
 def open_file(path):
@@ -192,8 +196,40 @@ def help_text(settings_class):
     return "\n".join(lines)
 
 
+def streams():
+    """
+    What every script does first: what a terminal cannot show becomes a question mark, what is printed to a closed
+    stream goes nowhere, Ctrl-C is one line, and a reader that has gone, as `| head` does, is none.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # opened in this order they become 0, 1 and 2, which no other file is to be
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # whoever reads a pipe sees each line as it comes
+    sys.stderr.reconfigure(errors="replace")
+    sys.excepthook = _ended
+
+
+def _ended(kind, error, trace):
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):  # `| head` has seen enough
+        unheard()
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def unheard():
+    """Send to nowhere what is still printed, once nobody reads it: the pipe is closed, or the terminal has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def from_command_line(settings_class, usage):
     """What a script does with sys.argv: --help prints and exits 0, a mistake is one line on stderr and exit 2."""
+    streams()
     args = sys.argv[1:]
     if "--help" in args or "-h" in args:
         print(usage.strip() + "\n\nsettings, with their defaults:\n" + help_text(settings_class))
@@ -204,8 +240,9 @@ def from_command_line(settings_class, usage):
         refuse(e)
 
 
-def refuse(error):
-    """One line on stderr and exit code 2; under torchrun, from the first rank alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-    sys.exit(2)
+def refuse(error, code=2):
+    """One line on stderr, and out: 2 for what was asked wrongly, 1 for what went wrong on the way."""
+    rank = os.environ.get("RANK", "0")  # each of torchrun's processes may fail in a way of its own
+    who = f"process {rank}: " if rank.isdecimal() and rank != "0" else ""
+    print(f"{os.path.basename(sys.argv[0])}: {who}{' '.join(str(error).splitlines())}", file=sys.stderr)
+    sys.exit(code)

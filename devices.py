@@ -1,14 +1,17 @@
 """
-The machine: which device a run is on, in which dtype, what it is called and what it can do at most.
+The machine: which processes a run is, on which device and in which dtype, what that is called and can do at most.
 """
 
 import math
 import os
 import platform
 import sys
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from configurator import ConfigError
 
@@ -31,6 +34,45 @@ def processes():
         raise ConfigError(f"{there[0]}={os.environ[there[0]]} is in the environment, without all that torchrun sets: "
                           f"start several processes with torchrun, or unset it")
     return int(numbers[0]), int(numbers[2]), True
+
+
+@contextmanager
+def process_group(distributed, device, minutes):
+    """
+    What torchrun's processes talk through; a caller that trains several models keeps its own. Raises ConnectionError
+    where another process has ended, or stands still for so many minutes.
+    """
+    if not distributed or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+    try:
+        yield
+        dist.barrier()  # nobody leaves while another may still be in a collective
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        raise ConnectionError(f"another process has ended, or stood still for {minutes:g} minutes (--dist_timeout): "
+                              f"{str(e).splitlines()[0]}") from None
+    finally:
+        dist.destroy_process_group()
+
+
+def compare_ranks(mine, rank, world):
+    """
+    Refuse to train where a process differs from process 0 in `mine`, a dict of what has to be the same: each would
+    compute its part of another run, or wait for ever. Every process calls it, and all of them end. Raises ConfigError.
+    """
+    everyone = [None] * world
+    dist.all_gather_object(everyone, mine)
+    for other, theirs in enumerate(everyone):
+        different = [f"{name} {theirs[name]!r} (process 0: {value!r})" for name, value in everyone[0].items()
+                     if theirs[name] != value]
+        if different and rank == 0:
+            raise ConfigError(f"process {other} has {', '.join(different)}: start all of them with the same command, "
+                              f"code and data")
+        if different:
+            sys.exit(2)  # process 0 speaks for all
 
 
 def pick_device(s):

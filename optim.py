@@ -92,6 +92,30 @@ def make_optimizers(groups, optimizer, betas, shard=False):
     return [kind(params, **kw) for params, kind, kw in wanted]
 
 
+def parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def expected_state(optimizer):
+    """What its state is after a step: {number of a parameter: {name: a tensor of that shape, without memory}}."""
+    names = ("step", "exp_avg", "exp_avg_sq") if "betas" in optimizer.defaults else ("momentum_buffer",)
+    return {i: {name: torch.empty(() if name == "step" else p.shape, device="meta") for name in names}
+            for i, p in enumerate(parameters(optimizer))}
+
+
+def load_state(optimizer, state):
+    """
+    Go on with a state like expected_state's. Its tensors are copied, which load_state_dict does not do: they may be
+    views of a file, which is about to be replaced.
+    """
+    local = getattr(optimizer, "optim", optimizer)  # a sharded one keeps its share in there
+    mine = set(parameters(local))
+    for i, p in enumerate(parameters(optimizer)):
+        if p in mine:
+            local.state[p] = {name: t.to(p.device, copy=True, memory_format=torch.contiguous_format)
+                              for name, t in state[i].items()}
+
+
 def gather_state(optimizers):
     """Bring a sharded state together on process 0, which then has all of it in state_dict(); every process calls."""
     for optimizer in optimizers:

@@ -3,7 +3,6 @@ What a run leaves on disk: its folder, its logs, its checkpoints. A kill can cut
 """
 
 import ast
-import csv
 import hashlib
 import io
 import os
@@ -16,11 +15,13 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
 
-from configurator import ConfigError, open_file, read_json
+from configurator import ConfigError, check_all, open_file, read_json
+from settings import Settings
 
 try:
     import fcntl
@@ -105,6 +106,14 @@ def differing(there, s, free=frozenset()):
     return ", ".join(f"{name} {there[name]!r} (here {here[name]!r})" for name in names)
 
 
+def check_settings(there, path):
+    """The settings that a run's file holds, without those of other versions. Raises ConfigError for what no run wrote."""
+    if type(there) is not dict:
+        raise ConfigError(f"{path} is not a run's; name another --out_dir")
+    hints = get_type_hints(Settings, include_extras=True)
+    return check_all({name: value for name, value in there.items() if name in hints}, hints, path)
+
+
 def claim_out_dir(s):
     """
     Refuse to touch a folder that holds another run, or this one without being told what to do about it. Makes
@@ -127,9 +136,7 @@ def claim_out_dir(s):
             raise ConfigError(f"nothing to resume: there is no {ckpt}. Start the run without --resume=True")
         return
     if config.exists():
-        there = read_json(config).get("settings")
-        if not isinstance(there, dict):
-            raise ConfigError(f"{config} is not a run's; name another --out_dir")
+        there = check_settings(read_json(config).get("settings"), config)
         if s.overwrite:
             return
         if changed := differing(there, s):
@@ -169,58 +176,78 @@ def run_folder(s, master=True):
     The folder to write a run to, locked: out_dir, or, where --overwrite=True is to replace a run there, a hidden one
     beside it. Raises ConfigError where another process writes there.
     """
-    out = Path(s.out_dir)
+    out = Path(s.out_dir).resolve()  # of a link, the folder that it leads to
     if not master:  # the master alone writes
         yield out
         return
+    if not out.exists():
+        finish_taking_place(out)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
+        claim_out_dir(s)  # again: until now another run may have been here
         if not (s.overwrite and (out / "config.json").exists()):
             yield out
             return
-        new = out.absolute().with_name(f".{out.name}.new")
+        new, _ = beside(out)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         with lock(new):
-            yield new
+            try:
+                yield new
+            finally:
+                shutil.rmtree(new, ignore_errors=True)  # of a run that ended before it had a checkpoint
+
+
+def beside(out):
+    """The hidden folders where the run that is to replace the one in `out` begins, and where that one goes."""
+    return out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
 
 
 def take_place(out, s):
     """Once a new run in `out` has a checkpoint, put it where the old one is. Returns the folder to go on in."""
-    there = Path(s.out_dir)
-    if out == there:
-        return there
-    old = out.with_name(f".{there.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(there, old)
-    os.rename(out, there)
-    for file in old.iterdir():
-        if file.name not in RUN_FILES:  # what else people keep in the folder
-            os.rename(file, there / file.name)
-    shutil.rmtree(old)
+    there = Path(s.out_dir).resolve()
+    if out != there:
+        finish_taking_place(there)
+        os.rename(there, beside(there)[1])
+        finish_taking_place(there)
     return there
+
+
+def finish_taking_place(there):
+    """The second half of take_place, which a kill may have left undone."""
+    new, old = beside(there)
+    if not there.exists() and old.exists():
+        os.rename(new, there)
+    if old.exists():
+        for file in old.iterdir():
+            if file.name not in RUN_FILES:  # what else people keep in the folder
+                os.rename(file, there / file.name)
+        shutil.rmtree(old)
 
 
 class CSVLog:
     """Rows of a run, written as they come. A resumed run drops those after its checkpoint's step."""
 
     def __init__(self, path, columns, resume_step):
-        kept = []
+        header, kept = ",".join(columns), []
         if resume_step and path.exists():
-            whole, newline, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")  # a kill cuts rows
-            kept = [row for row in csv.DictReader((whole + newline).splitlines())
-                    if list(row) == columns and None not in row.values()
-                    and row["step"].isdigit() and int(row["step"]) <= resume_step]
-        with replacing(path, newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
+            with open_file(path) as f:
+                first, *rows = f.read().decode(errors="replace").split("\n")[:-1] or [header]  # a kill cuts the last row
+            if first != header:
+                raise ConfigError(f"{path} has other columns than {header}: move it away to go on without it")
+            steps = set(map(str, range(resume_step + 1)))
+            kept = [row for row in rows if row.count(",") == header.count(",") and row.partition(",")[0] in steps]
+        write_whole(path, "\n".join([header, *kept, ""]))
+        self.path, self.columns = path, columns
         self.file = open(path, "a", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
 
     def write(self, *rows):
-        self.writer.writerows(rows)
-        self.file.flush()
+        """Append rows, dicts. Raises OSError, whose message names the file."""
+        try:
+            self.file.writelines(",".join(str(row[name]) for name in self.columns) + "\n" for row in rows)
+            self.file.flush()
+        except OSError as e:
+            raise OSError(f"{self.path} cannot be written: {e.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -232,13 +259,8 @@ def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint):
     ckpt = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
             "settings": asdict(s), "tokenizer": tokenizer, "data": fingerprint, "rng": torch.get_rng_state(),
             "versions": versions()}
-    try:
-        with replacing(path, "wb") as f:
-            torch.save(ckpt, f)
-    except OSError as e:
-        kept = ("the one before it is kept. Make room, then --resume=True" if path.exists()
-                else "there was none before it. Make room, then start again")
-        raise OSError(f"the checkpoint of step {step}: {e}; {kept}") from None
+    with replacing(path, "wb") as f:
+        torch.save(ckpt, f)
     if os.name == "posix":  # the rename itself is on disk only when the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -256,8 +278,12 @@ def load_checkpoint(path):
         with open_file(path) as f, zipfile.ZipFile(f) as archive:
             damaged = archive.testzip()
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for name in ("model", "optimizers", "step", "settings", "tokenizer", "data", "rng"):
-            ckpt[name]
+        # no file has more layers than tensors, whatever it says: to make them would take all memory
+        kinds = [type(ckpt[name]) for name in ("step", "data", "optimizers", "tokenizer")]
+        if (kinds[:3] != [int, dict, list] or kinds[3] not in (str, type(None))
+                or check_settings(ckpt["settings"], path).get("n_layer", 1) > len(ckpt["model"].keys())):
+            raise TypeError
+        [each.items() for optimizer in ckpt["optimizers"] for each in optimizer["state"].values()]
     except ConfigError:
         raise
     except Exception as e:  # zipfile, pickle and torch each have their own for a file that is not what it should be
@@ -266,3 +292,17 @@ def load_checkpoint(path):
     if damaged:
         raise ConfigError(f"{path} is damaged: its checksum does not fit. Start again in another --out_dir")
     return ckpt
+
+
+def check_tensors(found, wanted, path):
+    """
+    Raise ConfigError unless `found`, a dict of what a file holds, has tensors with the names, shapes and dtypes of those
+    in `wanted`. Kernels take it for granted, and write past the end of a tensor that is too short.
+    """
+    for name in {**wanted, **found}:
+        there, here = found.get(name), wanted.get(name)
+        if not (isinstance(there, torch.Tensor) and isinstance(here, torch.Tensor) and there.layout == torch.strided
+                and (there.shape, there.dtype) == (here.shape, here.dtype)):
+            said = [f"{list(t.shape)} in {t.dtype}" if isinstance(t, torch.Tensor) else "no tensor" for t in (there, here)]
+            raise ConfigError(f"{path}: {name} is {said[0]}, and the run has {said[1]}. It is of another version of "
+                              f"nanoScale, or not ours")

@@ -118,6 +118,7 @@ class Settings(GPTConfig):
     overwrite: bool = False  # start over: the run in out_dir stays until the new one has its first checkpoint
     device: str = "auto"  # cuda where there is one, else cpu
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
+    dist_timeout: Annotated[float, 0.01, 1e6] = 10.0  # minutes that processes wait for one that stands still
     sample_tokens: Whole = 256  # tokens of text shown at the end
     dry_run: bool = False  # print the counts and the parameter groups, train nothing
 
@@ -128,7 +129,8 @@ class Settings(GPTConfig):
 # What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
 # schedule's end, knowingly.
 FREE_ON_RESUME = {"micro_batch", "max_steps", "eval_interval", "log_interval", "save_interval", "out_dir", "resume",
-                  "overwrite", "device", "dtype", "compile", "sample_tokens", "shard_optimizer", "dry_run"}
+                  "overwrite", "device", "dtype", "compile", "sample_tokens", "shard_optimizer",
+                  "dist_timeout", "dry_run"}
 
 
 def gpt_config(s, dtype="float32"):

@@ -9,7 +9,7 @@ Config files and --key=value flags apply from left to right. --resume=auto start
 stopped; --overwrite=True starts over. The loop is in train(), after what sets it up and before what reports on it.
 """
 
-from configurator import ConfigError, from_command_line, read_json, refuse
+from configurator import ConfigError, from_command_line, read_json, refuse, unheard
 from settings import FREE_ON_RESUME, Settings, batch_plan, gpt_config
 
 if __name__ == "__main__":
@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,14 +33,23 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.tokens import DataError, Tokens, data_folder, load_tokenizer, vocabulary
-from devices import device_name, peak_flops, peak_memory_mb, pick_device, processes
+from devices import (
+    compare_ranks,
+    device_name,
+    peak_flops,
+    peak_memory_mb,
+    pick_device,
+    process_group,
+    processes,
+)
 from hf import adopt, load, read_tensors
 from model import GPT
 from moe import balance_routers, take_router_statistics
 from norms import ScaleVector
-from optim import gather_state, lr_at, make_optimizers, param_groups, set_lr
+from optim import expected_state, gather_state, load_state, lr_at, make_optimizers, param_groups, set_lr
 from runs import (
     CSVLog,
+    check_tensors,
     claim_out_dir,
     code_hash,
     differing,
@@ -85,37 +95,6 @@ def open_data(s, rank, distributed):
     return train_data, val_data, {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
 
 
-@contextlib.contextmanager
-def process_group(distributed, device):
-    """What torchrun's processes talk through; a caller that trains several models keeps its own."""
-    if not distributed or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-        dist.barrier()  # nobody leaves while another may still be in a collective
-    finally:
-        dist.destroy_process_group()
-
-
-def compare_ranks(mine, rank, world):
-    """
-    Refuse to train where a process differs from process 0 in `mine`, a dict of what has to be the same: each would
-    compute its part of another run, or wait for ever. Every process calls it, and all of them end. Raises ConfigError.
-    """
-    everyone = [None] * world
-    dist.all_gather_object(everyone, mine)
-    for other, theirs in enumerate(everyone):
-        different = [f"{name} {theirs[name]!r} (process 0: {value!r})" for name, value in everyone[0].items()
-                     if theirs[name] != value]
-        if different and rank == 0:
-            raise ConfigError(f"process {other} has {', '.join(different)}: start all of them with the same command, "
-                              f"code and data")
-        if different:
-            sys.exit(2)  # process 0 speaks for all
-
-
 def make_model(s, config, device, distributed):
     """(GPT on the device, its optimizers), at their start or at --init_from's weights. Raises ConfigError."""
     torch.manual_seed(s.seed)
@@ -130,18 +109,28 @@ def make_model(s, config, device, distributed):
     return model, make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and distributed)
 
 
-def restore(s, path, model, optimizers, fingerprint):
-    """Put a run back to where its checkpoint was written, and return that step. Raises ConfigError."""
+def own_checkpoint(s, path, fingerprint):
+    """The checkpoint that a run of these settings and data left in `path`. Raises ConfigError where another has."""
     ckpt = load_checkpoint(path)
     if changed := differing(ckpt["settings"], s, FREE_ON_RESUME):
         raise ConfigError(f"{path} has other settings: {changed}. Resume with the same ones")
     if ckpt["data"] != fingerprint:
         raise ConfigError(f"{s.dataset} is not the data that {path} was trained on: its content differs")
+    return ckpt
+
+
+def restore(ckpt, path, model, optimizers):
+    """Put a run back to where its checkpoint was written, and return that step. Raises ConfigError."""
+    def tensors(weights, rng, states):
+        moments = {f"{name} of optimizer {k}'s parameter {i}": t for k, state in enumerate(states)
+                   for i, each in state.items() for name, t in each.items()}
+        return {**weights, "rng": rng, **moments}
+    states = [optimizer["state"] for optimizer in ckpt["optimizers"]]
+    check_tensors(tensors(ckpt["model"], ckpt["rng"], states),
+                  tensors(model.state_dict(), torch.get_rng_state(), map(expected_state, optimizers)), path)
     model.load_state_dict(ckpt["model"])
-    for optimizer, state in zip(optimizers, ckpt["optimizers"]):
-        optimizer.load_state_dict(state)
-        for values in optimizer.state.values():  # on a CPU they are views of the file, which will be replaced
-            values.update({name: v.clone() for name, v in values.items() if isinstance(v, torch.Tensor)})
+    for optimizer, state in zip(optimizers, states):
+        load_state(optimizer, state)
     torch.set_rng_state(ckpt["rng"])
     return ckpt["step"]
 
@@ -150,13 +139,15 @@ def open_logs(s, out, step, counts, device, world):
     """Write config.json and open log.csv, scales.csv and a mixture's experts.csv: (log, scales, experts or None)."""
     commit, resumed = git_commit(), []
     if step:
-        before = read_json(out / "config.json")
-        resumed = [*before.get("resumed", []), {"step": step, "git_commit": commit}]
-        if commit != (last := [before, *resumed[:-1]][-1].get("git_commit")):
-            print(f"the code has changed since step {step}: it was {last}, and is {commit}")
-        commit = before.get("git_commit")
-        if missing := [f.name for f in (out / "log.csv", out / "scales.csv") if not f.exists()]:
-            print(f"{' and '.join(missing)} of the first {step} steps are missing from {out}")
+        if missing := [name for name in ("config.json", "log.csv", "scales.csv") if not (out / name).exists()]:
+            print(f"{' and '.join(missing)} of the first {step} steps are missing from {s.out_dir}")
+        before = read_json(out / "config.json") if "config.json" not in missing else {}
+        resumed = before["resumed"] if isinstance(before.get("resumed"), list) else []
+        last = resumed[-1] if resumed and isinstance(resumed[-1], dict) else before
+        if last.get("git_commit", commit) != commit:
+            print(f"the code has changed since step {step}: it was {last['git_commit']}, and is {commit}")
+        resumed.append({"step": step, "git_commit": commit})
+        commit = before.get("git_commit", "unknown")
     write_whole(out / "config.json", json.dumps({
         "settings": asdict(s), "versions": versions(), "git_commit": commit, "resumed": resumed,
         "device": device_name(device), "processes": world, **counts}, indent=1))
@@ -167,23 +158,34 @@ def open_logs(s, out, step, counts, device, world):
 @contextlib.contextmanager
 def noted_signals():
     """
-    Ctrl-C, SIGTERM and a terminal that goes away let the step finish; a second one stops at once. Yields a list that
+    Ctrl-C, SIGTERM and a terminal that goes away let the step finish; a second Ctrl-C stops at once. Yields a list that
     signals are appended to.
     """
     signals = []
 
     def note(signum, frame):
         signals.append(signum)
-        if len(signals) > 1:
+        if signals.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
-    old = {getattr(signal, name): signal.signal(getattr(signal, name), note)
-           for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    heard = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    old = {signum: signal.signal(signum, note) for signum in heard
+           if signal.getsignal(signum) != signal.SIG_IGN}  # nohup's
     try:
         yield signals
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def noted_silence(signals):
+    """Somebody who no longer reads what is printed, as with `| head` or a lost terminal, is a reason to stop too."""
+    try:
+        yield
+    except OSError:
+        unheard()
+        signals.append(13)  # SIGPIPE, which Windows has not
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ def main(s, config_files=()):
         return dry_run(s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with process_group(distributed, device):
+    with process_group(distributed, device, s.dist_timeout):
         train_data, val_data, fingerprint = open_data(s, rank, distributed)
         gpt_config(s)
         if init_tokenizer not in (None, train_data.tokenizer):
@@ -288,12 +290,16 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
     """The run itself, in the folder out, by settings that main completed: model, loop and report."""
     master = rank == 0  # prints and writes; the others only compute
     share, micro, n_micro = batch_plan(s, world)
-    raw_model, optimizers = make_model(s, gpt_config(s, dtype), device, distributed)
-    step = first_step = restore(s, out / "ckpt.pt", raw_model, optimizers, fingerprint) if s.resume else 0
-    if s.resume and step >= s.max_steps:
+    step = first_step = 0
+    ckpt = own_checkpoint(s, out / "ckpt.pt", fingerprint) if s.resume else None  # refused before memory is taken
+    if ckpt and ckpt["step"] >= s.max_steps:
         if master:
-            print(f"{out} is finished: step {step} of {s.max_steps}. A larger --max_steps continues it.")
+            print(f"{s.out_dir} is finished: step {ckpt['step']} of {s.max_steps}. A larger --max_steps continues it.")
         return
+    raw_model, optimizers = make_model(s, gpt_config(s, dtype), device, distributed)
+    if ckpt:
+        step = first_step = restore(ckpt, out / "ckpt.pt", raw_model, optimizers)
+        ckpt = None  # lets go of the file
     model = torch.compile(raw_model) if (s.compile if s.compile != "auto" else device.type == "cuda") else raw_model
     ddp_model = model
     if distributed:
@@ -337,9 +343,10 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
                             shown["load_max"] = max(float(layer["load_max"]) for layer in loads)
                             shown["idle"] = sum(layer["idle"] for layer in loads)
                         bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
-                        if bar.disable or "val_loss" in row:
-                            bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
-                                      + (f"{rate:,.0f} tokens/s" if rate else ""))
+                        with noted_silence(signals):
+                            if bar.disable or "val_loss" in row:
+                                bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
+                                          + (f"{rate:,.0f} tokens/s" if rate else ""))
                     if step > 0 and (step % s.save_interval == 0 or last or stopping):
                         gather_state(optimizers)
                         if master:
@@ -370,7 +377,7 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
                 train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
                 if not (math.isfinite(train_loss) and math.isfinite(norm)):
                     raise Diverged(f"step {step}: loss {train_loss}, gradient norm {norm}. Try a lower --lr, a longer "
-                                   f"--warmup_steps or another --seed; {out} keeps what was saved before")
+                                   f"--warmup_steps or another --seed; {s.out_dir} keeps what was saved before")
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -382,19 +389,21 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
                     balance_routers(raw_model, choices)
                     routed = choices, entropy / (n_micro * world)
                 step += 1
-                bar.update()
+                with noted_silence(signals):
+                    bar.update()
                 seconds = time.perf_counter() - started
                 since_log, seconds_since_log = since_log + 1, seconds_since_log + seconds
                 if step > first_step + 1:
                     timed_steps, timed_seconds = timed_steps + 1, timed_seconds + seconds
                 row = {"train_loss": f"{train_loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}
     finally:
-        bar.close()
+        with contextlib.suppress(OSError):
+            bar.close()
         ddp_model = None  # its reducer holds on to the process group, whose threads must end before the process does
 
     if stopping and step < s.max_steps:
         if master:
-            print(f"stopped by a signal at step {step}; {out}/ckpt.pt holds it, --resume=True goes on")
+            print(f"stopped by a signal at step {step}; {s.out_dir}/ckpt.pt holds it, --resume=True goes on")
         sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if master:
         rate = timed_steps * s.batch_tokens / timed_seconds if timed_steps else 0.0
@@ -416,16 +425,16 @@ def report(s, model, val_data, val_loss, rate, device, world):
     summary.update(peak_memory_mb=f"{peak_memory_mb(device):.0f}", **model.counts(), out_dir=s.out_dir)
     print("\n".join(f"{key}: {value}" for key, value in summary.items()))
     if s.sample_tokens:
-        show_sample(model, val_data.tokenizer, s, device)
+        try:
+            show_sample(model, val_data.tokenizer, s, device)
+        except (RuntimeError, ValueError) as e:  # DataError is one: a machine without the BPE files trains all the same
+            print(f"no sample: {' '.join(str(e).splitlines())}")
     print(f"pictures: python plot.py {s.out_dir}")
 
 
 def show_sample(model, tokenizer, s, device):
     """Print what the model writes after a document's start."""
-    try:
-        tokenizer = load_tokenizer(tokenizer)
-    except DataError:  # text is a courtesy: a machine without the BPE files trains all the same
-        return
+    tokenizer = load_tokenizer(tokenizer)
     start = torch.full((1, 1), tokenizer.separator, device=device)
     generator = torch.Generator(device).manual_seed(s.seed)
     tokens = model.generate(start, s.sample_tokens, temperature=0.8, top_k=50, generator=generator)
@@ -449,14 +458,21 @@ def run(s, config_files=()):
     """main, with exit codes for the shell: 2 for what was asked wrongly, 1 for what went wrong on the way."""
     try:
         main(s, config_files)
-    except (ConfigError, DataError) as e:
+    except ConfigError as e:
         refuse(e)
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"train.py: {str(e).splitlines()[0]} A smaller --micro_batch needs less.")
-    except (Diverged, OSError) as e:
-        sys.exit(f"train.py: {e}")
+    except Diverged as e:
+        refuse(e, 1)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        ckpt = Path(s.out_dir, "ckpt.pt")
+        refuse(f"{e}; " + (f"{ckpt} is kept: put that right, then --resume=True" if ckpt.exists() else
+                           "put that right, then start again"), 1)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+            raise
+        refuse(f"out of memory. A smaller --micro_batch needs less; {(str(e).splitlines() or ['that is all'])[0]}", 1)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # whoever reads through a pipe sees each line as it comes
     run(settings, config_files)
