@@ -284,7 +284,7 @@ HF_SILENT = {
     "initializer_range", "attention_dropout", "pretraining_tp", "output_router_logits", "router_aux_loss_coef",
     "router_jitter_noise", "experts_implementation", "id2label", "label2id", "is_llama_config", "transformers.js_config"}
 HF_FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,),
-            "partial_rotary_factor": (None, 1), "rope_interleaved": (False,), "quantization_config": (None,)}
+            "partial_rotary_factor": (1, None), "rope_interleaved": (False,), "quantization_config": (None,)}
 HF_DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False}  # of all these classes
 HF_LLAMAS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}  # and Llama's own
 
@@ -402,7 +402,7 @@ def rename_from_hf(tensors, there):
     if config.tie_embeddings and "lm_head" in ours and not torch.equal(ours.pop("lm_head"), ours.get("wte")):
         raise ConfigError("config.json ties lm_head to the token table, and the file has another lm_head; "
                           "set tie_word_embeddings to the one that is meant")
-    if not config.tie_embeddings and "lm_head" not in ours:  # transformers 5 makes up one at random
+    if not config.tie_embeddings and "lm_head" not in ours:  # transformers makes one up at random
         raise ConfigError("there is no lm_head.weight; if it is the token table, "
                           "set tie_word_embeddings to true in config.json")
     return ours

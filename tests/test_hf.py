@@ -1,6 +1,7 @@
 """Hugging Face's Llama on disk, in: the same loss and gradients, every strategy from the same function, refusals."""
 
 import json
+from random import Random
 
 import pytest
 import torch
@@ -143,6 +144,8 @@ def test_configs_of_transformers_4_are_read(transformers, tmp_path):
 
 REFUSED = [
     (dict(model_type="mistral"), "model_type is 'mistral'"),
+    (dict(model_type="gemma3_text"), "model_type is 'gemma3_text'"),
+    (dict(new_kind_of_attention=True), "does not know what new_kind_of_attention True does"),
     (dict(attention_bias=True), "its attention_bias is True"),
     (dict(mlp_bias=True), "its mlp_bias is True"),
     (dict(hidden_act="gelu"), "its hidden_act is 'gelu'"),
@@ -182,6 +185,117 @@ def test_a_missing_key_and_a_bias_tensor_are_refused(transformers, tmp_path):
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "vocab_size"}))
     with pytest.raises(ConfigError, match="'vocab_size' is missing"):
         from_folder(tmp_path)
+
+
+# What a config.json may say beyond the shape, each in a random half of the folders below: None takes the line out.
+SAYINGS = [
+    ("rope_theta", [None, 10000.0, 30000.0]), ("rms_norm_eps", [None, 1e-2, 1e-5]), ("head_dim", [None, 8, 16]),
+    ("rope_parameters", [None, None, {"rope_type": "default", "rope_theta": 30000.0}, {"rope_theta": 10000.0},
+                         {"type": "linear", "factor": 2.0}, {"rope_type": "default", "type": "linear", "factor": 2.0},
+                         {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+                         {"rope_type": "default", "partial_rotary_factor": 0.5}]),
+    ("rope_scaling", [None, None, {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 30000.0},
+                      {"rope_type": "dynamic", "factor": 2.0}, {"type": "default"}]),
+    ("hidden_act", [None, "silu", "gelu", "swish"]), ("attention_bias", [None, False, True]),
+    ("mlp_bias", [None, False]), ("tie_word_embeddings", [None, None, True, False]), ("num_key_value_heads", [4, 4, None, 2]),
+    ("sliding_window", [None, None, 5]), ("partial_rotary_factor", [None, None, 0.5]), ("is_causal", [None, None, False]),
+    ("pretraining_tp", [None, 1, 2]), ("max_position_embeddings", [None, 128, 4096]), ("use_cache", [None, False]),
+    ("layer_types", [None, None, ["sliding_attention"] * 2]), ("rope_interleaved", [None, False]),
+    ("logits_scaling", [None, None, 3.0]), ("dtype", [None, "float32", "bfloat16"]), ("eos_token_id", [None, 3, [1, 2]]),
+    ("model_type", ["llama"] * 9 + ["mistral", "gemma3_text"])]
+
+
+def accepted_and_refused(transformers, tmp_path, save, sayings, n):
+    """
+    Edit the config.json of n models on disk at random, and assert that each is refused in one line or read with
+    transformers' logits. Returns (how many were accepted, what was said of the others).
+    """
+    random, accepted, refused = Random(0), 0, []
+    for i in range(n):
+        folder = tmp_path / str(i)
+        tied = random.random() < 0.3
+        save(transformers, folder, seed=i, num_key_value_heads=random.choice([2, 4]), tie_word_embeddings=tied)
+        path = folder / "config.json"
+        there = json.loads(path.read_text())
+        for name, values in random.sample(sayings, random.randrange(5)):
+            value = random.choice(values)
+            there = {key: x for key, x in there.items() if key != name} | ({} if value is None else {name: value})
+        path.write_text(json.dumps(there))
+        try:
+            model, _ = open_model(folder)
+        except ConfigError as e:
+            assert "\n" not in str(e) and str(folder) in str(e)
+            refused.append(str(e).split(": ", 1)[1])
+            continue
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            assert (logits(model, IDS) - theirs(IDS).logits).abs().max() < 1e-5, there
+        accepted += 1
+    return accepted, refused
+
+
+def test_whatever_is_accepted_has_the_logits_of_transformers(transformers, tmp_path):
+    accepted, refused = accepted_and_refused(transformers, tmp_path, save_llama, SAYINGS, 150)
+    assert accepted > 40 and len(refused) > 40  # both kinds were met
+    reasons = " ".join(refused)
+    for reason in ("rope_parameters says", "rope_scaling says", "rope_theta more than once", "hidden_act", "attention_bias",
+                   "sliding_window", "is_causal", "layer_types", "logits_scaling", "mistral", "gemma3"):
+        assert reason in reasons, reason
+
+
+@pytest.mark.parametrize("change", [
+    dict(), dict(rope_theta=30000, rope_parameters=None), dict(rope_parameters=None), dict(rms_norm_eps=None),
+    dict(rope_parameters=None, rope_scaling={"rope_type": "default", "rope_theta": 30000.0}), dict(hidden_act=None),
+    dict(rope_parameters={"rope_theta": 30000.0}), dict(max_position_embeddings=None), dict(tie_word_embeddings=None),
+    dict(head_dim=None, num_key_value_heads=None)], ids=str)
+def test_what_a_llama_leaves_unsaid_is_read_as_its_class_reads_it(change, transformers, tmp_path):
+    save_llama(transformers, tmp_path)
+    path = tmp_path / "config.json"
+    there = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in there.items() if value is not None}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert (logits(open_model(tmp_path)[0], IDS) - theirs(IDS).logits).abs().max() < 1e-5
+
+
+def test_heads_are_tied_by_the_config_and_the_file_alike(transformers, tmp_path):
+    from safetensors.torch import load_file, save_file
+    path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+
+    def said(tied, head):
+        save_llama(transformers, tmp_path)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))
+        tensors = load_file(weights)
+        tensors["lm_head.weight"] = {"another": tensors["lm_head.weight"],
+                                     "the table": tensors["model.embed_tokens.weight"].clone(), "none": None}[head]
+        save_file({name: x for name, x in tensors.items() if x is not None}, weights, metadata={"format": "pt"})
+        return open_model(tmp_path)[0].config.tie_embeddings
+
+    assert said(True, "none") and said(True, "the table") and not said(False, "another") and not said(False, "the table")
+    with pytest.raises(ConfigError, match="the file has another lm_head; set tie_word_embeddings to the one that is meant"):
+        said(True, "another")  # transformers 4 takes the table, and 5 the head
+    with pytest.raises(ConfigError, match="there is no lm_head.weight; if it is the token table, set tie_word_embeddings"):
+        said(False, "none")  # transformers makes one up at random
+
+
+def test_random_models_leave_as_what_they_are(transformers, tmp_path):
+    """export.py compares what transformers makes of each folder; here our own reading of it is compared as well."""
+    random = Random(1)
+    for i in range(25):
+        flags = {name: random.choice(values) for name, values in dict(
+            arch=["llama", "gemma"], n_head=[1, 2, 4], d_head=[0, 6, 16], ffn_dim=[0, 31], tie_embeddings=[True, False],
+            rope_theta=[500.0, 1e6], norm_eps=[0.0, 1e-6, 1e-2], scale_vectors=[True, True, False],
+            heterogeneous=[True, False], placement=["input", "dual", "dual_norm", "norm"], v_placement=["same", "input"],
+            ffn_placement=["same", "same", "input", "dual_norm"], qkv_norm=["head", "full"], n_experts=[0, 0, 3],
+            experts_per_token=[1, 2], expert_dim=[20], router=["softmax", "softmax", "softmax_all", "sigmoid"],
+            reparam=["direct", "or", "er", "product", "zero_centred"]).items()}
+        if not flags["n_experts"]:
+            del flags["expert_dim"]
+        model = save_run(tmp_path / f"{i}", ["--n_layer=2", "--n_embd=32", "--block_size=128"] + [
+            f"--{name}={value}" for name, value in flags.items()])
+        export(export_arguments([str(tmp_path / f"{i}"), "--to", "hf", "--out", str(tmp_path / f"{i}.hf")]))
+        again, _ = open_model(tmp_path / f"{i}.hf")
+        assert (logits(again, IDS) - logits(model, IDS)).abs().max() < 1e-5, flags
 
 
 def test_a_tied_llama_without_scale_vectors_is_refused(transformers, tmp_path):
