@@ -22,6 +22,7 @@ import inspect
 import itertools
 import math
 import random
+import re
 import statistics
 import sys
 import time
@@ -135,7 +136,7 @@ def report(name, rows, a, notes):
     packages = {p: sys.modules[p].__version__ for p in ("triton", "transformers") if p in sys.modules}
     where = {"device": device_name(a.device), "threads": torch.get_num_threads(), **versions(), **packages,
              "commit": git_commit()}
-    command = " ".join(arg for arg in a.command if not arg.startswith("--out"))
+    command = re.sub(r" --out[= ]\S+", "", " ".join(a.command))
     where = f"`python bench.py {command}`: " + ", ".join(f"{key} {value}" for key, value in where.items())
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / f"{name}.md").write_text("\n".join([rows, "", *notes, a.ceilings.said, "", where, ""]), encoding="utf-8")
