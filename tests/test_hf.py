@@ -239,8 +239,17 @@ def test_whatever_is_accepted_has_the_logits_of_transformers(transformers, tmp_p
     assert accepted > 40 and len(refused) > 40  # both kinds were met
     reasons = " ".join(refused)
     for reason in ("rope_parameters says", "rope_scaling says", "rope_theta more than once", "hidden_act", "attention_bias",
-                   "sliding_window", "is_causal", "layer_types", "logits_scaling", "mistral", "gemma3"):
+                   "sliding_window", "is_causal", "layer_types", "logits_scaling"):
         assert reason in reasons, reason
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "qwen2"])
+def test_classes_that_compute_something_else_are_refused(kind, transformers, tmp_path):
+    save_llama(transformers, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": kind}))
+    with pytest.raises(ConfigError, match=f"{kind}.*nanoScale reads"):
+        open_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize("change", [

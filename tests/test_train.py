@@ -120,9 +120,10 @@ def test_accumulated_micro_batches_are_the_whole_batch(settings, tmp_path):
     assert max(abs(x - y) for x, y in zip(a, b)) < 1e-5
 
 
-def test_ctrl_c_saves_and_a_second_one_stops_at_once(settings, monkeypatch, capsys):
-    s = settings(max_steps=50)
-    before = signal.getsignal(signal.SIGINT)
+def test_ctrl_c_saves_and_a_second_one_stops_at_once(settings, monkeypatch, capsys, request):
+    s, before = settings(max_steps=50), signal.default_int_handler
+    outer = signal.signal(signal.SIGINT, before)  # a background job is born with it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, outer))
     stop_at(monkeypatch, 2, signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         main(s)
