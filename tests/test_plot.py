@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -170,3 +171,14 @@ def test_curves_take_the_evaluations_that_all_seeds_have():
     row = lambda seed, tokens, loss: {"arm": "a", "seed": seed, "tokens": str(tokens), "val_loss": str(loss)}
     tokens, losses = plot.by_seed([row(1, 0, 4), row(1, 10, 3), row(2, 0, 5), row(2, 10, 2), row(2, 20, 1)])["a"]
     assert tokens.tolist() == [0, 10] and losses.tolist() == [[4, 3], [5, 2]]
+
+
+def test_the_diagram_is_what_its_script_draws():
+    sys.path.insert(0, str(ROOT / "results"))
+    import diagram
+    for theme, colours in diagram.THEMES.items():
+        drawn = diagram.draw(colours)
+        assert drawn == (ROOT / "results" / f"block_{theme}.svg").read_text(encoding="utf-8")
+        words = [e.text for e in ElementTree.fromstring(drawn).iter() if e.tag.endswith("text")]
+        for name in ("baseline", "HG", "DP", "DNP", "unified", "RoPE"):
+            assert name in words
