@@ -342,13 +342,18 @@ class Runner:
     def start(self, cell):
         """Start a cell, where no other process has it and the code is still what it was."""
         cell.folder.mkdir(parents=True, exist_ok=True)
-        if in_use(cell.folder):
+        try:  # train.py's own lock comes seconds later, when torch is loaded
+            held = lock(cell.folder, "ablate.lock")
+        except ConfigError:
             return
-        if val_loss(cell) is not None:
+        finished = val_loss(cell) is not None
+        busy = in_use(cell.folder)
+        if finished and not busy:
             (cell.folder / "ckpt.pt").unlink(missing_ok=True)  # of hundreds of cells they would fill the disk
-            return
-        self.edited = code_hash() != self.code
-        if self.edited:
+        if not finished and not busy:
+            self.edited = code_hash() != self.code
+        if finished or busy or self.edited:
+            held.close()
             return
         slot, n, s = self.free.pop(0), self.opt.nproc, cell.settings
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
@@ -362,9 +367,9 @@ class Runner:
             # a session of its own: Ctrl-C comes to ablate.py alone, which passes it on
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
                                        start_new_session=True)
-        self.running.append((cell, process, slot))
+        self.running.append((cell, process, slot, held))
 
-    def collect(self, cell, process, slot):
+    def collect(self, cell, process, slot, held):
         """Put down how a cell ended: that it diverged, or that it failed and why. Returns its loss or None."""
         output = (cell.folder / "train.log").read_text(encoding="utf-8", errors="replace")
         diverged = re.search(r"^train\.py: (step \d+: loss .*)$", output, re.M)
@@ -374,8 +379,9 @@ class Runner:
             lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
             killed = process.returncode < 0 and f"killed by {signal.Signals(-process.returncode).name}"
             self.failed[cell.folder] = killed or lines[-1]
-        self.running.remove((cell, process, slot))
+        self.running.remove((cell, process, slot, held))
         self.free.append(slot)
+        held.close()
         return val_loss(cell)
 
     def run(self, wanted, report):
@@ -403,7 +409,7 @@ class Runner:
                         told = len(self.signals)
                         # the first lets train.py save; torchrun passes it on, so it must not go to the whole group
                         gentle = told == 1 or os.name == "nt"
-                        for _, process, _ in self.running:
+                        for _, process, *_ in self.running:
                             process.terminate() if gentle else os.killpg(process.pid, signal.SIGKILL)
                     if not self.running:  # others have what is left
                         break
@@ -411,7 +417,7 @@ class Runner:
                     if (loss := self.collect(*entry)) is not None:
                         report(entry[0], loss)
         finally:
-            for _, process, _ in self.running:  # only where ablate.py itself failed
+            for _, process, *_ in self.running:  # only where ablate.py itself failed
                 process.terminate()
             for sig, handler in old.items():
                 signal.signal(sig, handler)

@@ -92,7 +92,7 @@ def code_hash():
 # the folder
 
 
-RUN_FILES = {"config.json", "log.csv", "scales.csv", "experts.csv", "ckpt.pt", "train.lock"}
+RUN_FILES = {"config.json", "log.csv", "scales.csv", "experts.csv", "ckpt.pt", "train.lock", "ablate.lock"}
 
 
 def differing(there, s, free=frozenset()):
@@ -149,19 +149,20 @@ def claim_out_dir(s):
         raise ConfigError(f"{foreign[0]} is there without a config.json; name another --out_dir")
 
 
-def lock(folder):
+def lock(folder, name="train.lock"):
     """
     Hold the folder for one run at a time, until the file that it returns is closed or the process ends. Raises
     ConfigError where another holds it.
     """
-    file = open(Path(folder) / "train.lock", "a+", encoding="utf-8")
+    file = open(Path(folder) / name, "a+", encoding="utf-8")
     try:
         if fcntl is not None:  # not on Windows
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise ConfigError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or name "
-                          f"another --out_dir") from None
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(f"{folder} is in use by {holder}: wait for it, or name another --out_dir") from None
     except OSError:
         pass  # a file system without locks
     file.truncate(0)

@@ -301,7 +301,7 @@ def test_a_cell_that_was_killed_by_a_signal_is_reported_as_that(tiny):
     cell = next(iter(cells_of("removal", *tiny).values()))
     runner = runner_of(cell)
     (cell.folder / "train.log").write_text("step 55  train_loss 2.58\n")
-    entry = cell, SimpleNamespace(returncode=-signal.SIGKILL), 0
+    entry = cell, SimpleNamespace(returncode=-signal.SIGKILL), 0, ablate.lock(cell.folder, "ablate.lock")
     runner.running.append(entry)
     assert runner.collect(*entry) is None
     assert list(runner.failed.values()) == ["killed by SIGKILL"]
