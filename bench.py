@@ -507,7 +507,7 @@ def arguments(args=None):
     add("--out", HERE / "results" / "bench", "where the tables go", type=Path)
     a = parser.parse_args(args)
     a.command = sys.argv[1:] if args is None else args
-    a.device, a.dtype = pick_device(Settings(device="cuda" if cuda else "cpu"))
+    a.device, a.dtype, *_ = pick_device(Settings(device="cuda" if cuda else "cpu"))
     a.sizes, a.strategies = a.sizes.split(","), (a.strategies or STRATEGIES[a.what]).split(",")
     a.ways = ["eager"] * (a.eager or not a.compile) + ["compiled"] * (a.compile or not a.eager)
     return a

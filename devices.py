@@ -5,19 +5,25 @@ The machine: which processes a run is, on which device and in which dtype, what 
 import math
 import os
 import platform
+import re
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from configurator import ConfigError
 
-# dense bf16 FLOP/s from the vendors' data sheets, by a part of torch's name for the device; the first match counts
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
-              "L40S": 362e12, "4090": 165e12}
+# Dense bf16 FLOP/s (fp16 before there was bf16) with sums in fp32, from the vendors' data sheets, by words of torch's
+# name for the device; the first match counts.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GB200": 2500e12,
+              "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12, "V100": 125e12, "T4": 65e12,
+              "L40S": 362e12, "L4": 121e12, "5090": 209e12, "4090": 165e12, "3090": 71e12,
+              "MI300X": 1307e12, "MI250X": 192e12, "7900 XTX": 123e12}  # of an MI250X, torch sees halves
 
 
 def processes():
@@ -75,10 +81,27 @@ def compare_ranks(mine, rank, world):
             sys.exit(2)  # process 0 speaks for all
 
 
+class Machine(NamedTuple):
+    """How a run computes: on which device, activations in which dtype and why that, and by which code."""
+
+    device: torch.device
+    dtype: str
+    why: str
+    compile: bool
+    kernels: str  # triton or torch
+
+
+def has_bf16(device):
+    """Whether a GPU has units for bf16, and does not only imitate them: NVIDIA's since Ampere, all of ROCm's."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def pick_device(s):
-    """The device, and the dtype of activations on it. Raises ConfigError for a device that is not there."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """The Machine for a run of settings s. Raises ConfigError for a device that is not there."""
+    local_rank, (_, world, _) = int(os.environ.get("LOCAL_RANK", 0)), processes()
+    mps = torch.backends.mps.is_available() and world == 1  # gloo does not know it
+    name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"device must be auto, cpu, cuda, cuda:1 and so on, or mps, not {s.device!r}")
     try:
@@ -86,8 +109,15 @@ def pick_device(s):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"device {s.device!r} cannot be used here: {str(e).splitlines()[0]}") from None
-    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    return device, dtype
+    if device.type == "mps" and world > 1:
+        raise ConfigError("several processes can share CPUs or CUDA devices, not mps: add --device=cpu")
+    gpu, dtype, why = device.type == "cuda", s.dtype, ""
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu and has_bf16(device) else "float32"
+        if gpu and dtype == "float32":
+            why = f" ({device_name(device)} has no units for bfloat16; --dtype=float16 has)"
+    return Machine(device, dtype, why, gpu if s.compile == "auto" else s.compile,
+                   "triton" if gpu and s.kernels == "auto" and find_spec("triton") else "torch")
 
 
 def device_name(device):
@@ -105,9 +135,9 @@ def device_name(device):
 
 
 def peak_flops(device):
-    """Dense bf16 FLOP/s that the device's vendor states, None where the table has none."""
+    """FLOP/s that the device's vendor states, None where PEAK_FLOPS does not know it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory_mb(device):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tokenize
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_type_hints
@@ -129,6 +129,8 @@ def claim_out_dir(s):
         raise ConfigError(f"out_dir {out} cannot be made: {nearest} is no folder that you can write to")
     if s.resume and s.overwrite:
         raise ConfigError(f"--overwrite=True starts over and --resume={s.resume} goes on: say one of them")
+    if s.overwrite and fcntl is None:  # take_place renames a folder whose logs are open
+        raise ConfigError(f"--overwrite=True does not work on Windows: delete {out}, or name another --out_dir")
     if s.resume == "auto":
         s.resume = ckpt.exists()
     if s.resume:
@@ -255,16 +257,19 @@ class CSVLog:
 # checkpoints
 
 
-def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint):
-    """Write a checkpoint: at every moment there is a whole one or none yet. Raises OSError."""
+def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint, scaler=None):
+    """
+    Write a checkpoint: at every moment there is a whole one or none yet. scaler: numbers of fp16's, by name. Raises
+    OSError.
+    """
     ckpt = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
             "settings": asdict(s), "tokenizer": tokenizer, "data": fingerprint, "rng": torch.get_rng_state(),
-            "versions": versions()}
+            "scaler": scaler or {}, "versions": versions()}
     with replacing(path, "wb") as f:
         torch.save(ckpt, f)
-    if os.name == "posix":  # the rename itself is on disk only when the folder is
+    with suppress(PermissionError):  # Windows opens no folders
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        os.fsync(folder)  # the rename itself is on disk only when the folder is
         os.close(folder)
 
 
@@ -285,6 +290,7 @@ def load_checkpoint(path):
                 or check_settings(ckpt["settings"], path).get("n_layer", 1) > len(ckpt["model"].keys())):
             raise TypeError
         [each.items() for optimizer in ckpt["optimizers"] for each in optimizer["state"].values()]
+        [float(number) for number in ckpt.setdefault("scaler", {}).values()]
     except ConfigError:
         raise
     except Exception as e:  # zipfile, pickle and torch each have their own for a file that is not what it should be

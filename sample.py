@@ -91,7 +91,7 @@ def main(args):
     from hf import open_model
     from settings import Settings
 
-    device, dtype = pick_device(Settings(device=args.device))
+    device, dtype, *_ = pick_device(Settings(device=args.device))
     model, name = open_model(args.model)
     config = model.config
     encode, decoder = open_tokenizer(name, args.model)

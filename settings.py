@@ -55,7 +55,8 @@ class GPTConfig:
     router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 5e-3; then router_aux=0
     expert_scales: Literal["shared", "own"] = "shared"  # under HG, experts share γ of gate and of up, or own theirs [R]
     # numbers
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto is bfloat16 on cuda, else float32
+    # activations; auto is bfloat16 on a GPU that computes in it, else float32; float16 scales its loss
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self):
         if self.n_embd % self.n_head and not self.d_head:
@@ -116,8 +117,9 @@ class Settings(GPTConfig):
     out_dir: str = ""  # of the run; empty is out/ and the names of the config files
     resume: Literal[False, True, "auto"] = False  # go on from out_dir's checkpoint; auto where there is one
     overwrite: bool = False  # start over: the run in out_dir stays until the new one has its first checkpoint
-    device: str = "auto"  # cuda where there is one, else cpu
+    device: str = "auto"  # cuda where there is one, else mps, else cpu
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
+    kernels: Literal["auto", "torch"] = "auto"  # auto is Triton's on cuda; torch is their twins, also to edit those
     dist_timeout: Annotated[float, 0.01, 1e6] = 10.0  # minutes that processes wait for one that stands still
     sample_tokens: Whole = 256  # tokens of text shown at the end
     dry_run: bool = False  # print the counts and the parameter groups, train nothing
@@ -129,7 +131,7 @@ class Settings(GPTConfig):
 # What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
 # schedule's end, knowingly.
 FREE_ON_RESUME = {"micro_batch", "max_steps", "eval_interval", "log_interval", "save_interval", "out_dir", "resume",
-                  "overwrite", "device", "dtype", "compile", "sample_tokens", "shard_optimizer",
+                  "overwrite", "device", "dtype", "compile", "kernels", "sample_tokens", "shard_optimizer",
                   "dist_timeout", "dry_run"}
 
 

@@ -32,16 +32,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.tokens import DataError, Tokens, data_folder, load_tokenizer, vocabulary
-from devices import (
-    compare_ranks,
-    device_name,
-    peak_flops,
-    peak_memory_mb,
-    pick_device,
-    process_group,
-    processes,
-)
+import kernels
+from data.tokens import Tokens, data_folder, load_tokenizer, vocabulary
+from devices import compare_ranks, device_name, peak_flops, peak_memory_mb, pick_device, process_group, processes
 from hf import adopt, load, read_tensors
 from model import GPT
 from moe import balance_routers, take_router_statistics
@@ -119,20 +112,25 @@ def own_checkpoint(s, path, fingerprint):
     return ckpt
 
 
-def restore(ckpt, path, model, optimizers):
-    """Put a run back to where its checkpoint was written, and return that step. Raises ConfigError."""
+def restore(ckpt, path, model, optimizers, scaler):
+    """Put a run back to where its checkpoint was written: its step, and how many were skipped. Raises ConfigError."""
     def tensors(weights, rng, states):
         moments = {f"{name} of optimizer {k}'s parameter {i}": t for k, state in enumerate(states)
                    for i, each in state.items() for name, t in each.items()}
         return {**weights, "rng": rng, **moments}
-    states = [optimizer["state"] for optimizer in ckpt["optimizers"]]
+    states, skipped = [optimizer["state"] for optimizer in ckpt["optimizers"]], ckpt["scaler"].pop("skipped", 0)
+    stepped = ckpt["step"] > skipped  # before that, an optimizer has no state
     check_tensors(tensors(ckpt["model"], ckpt["rng"], states),
-                  tensors(model.state_dict(), torch.get_rng_state(), map(expected_state, optimizers)), path)
+                  tensors(model.state_dict(), torch.get_rng_state(),
+                          [expected_state(optimizer) if stepped else {} for optimizer in optimizers]), path)
     model.load_state_dict(ckpt["model"])
     for optimizer, state in zip(optimizers, states):
-        load_state(optimizer, state)
+        if stepped:
+            load_state(optimizer, state)
     torch.set_rng_state(ckpt["rng"])
-    return ckpt["step"]
+    if scaler.is_enabled():
+        scaler.load_state_dict({**scaler.state_dict(), **ckpt["scaler"]})
+    return ckpt["step"], skipped
 
 
 def open_logs(s, out, step, counts, device, world):
@@ -191,7 +189,7 @@ def noted_silence(signals):
 # ---------------------------------------------------------------------------------------------------------------
 # the log
 
-LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"]
+LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "skipped", "tokens_per_second"]
 EXPERT_COLUMNS = ["step", "layer", "load_max", "idle", "entropy"]
 SCALE_COLUMNS = ["step", "name", "role", "mean", "std", "min", "max", "norm", "cosine"]
 
@@ -265,7 +263,8 @@ def main(s, config_files=()):
     """Train, evaluate, save and report as the settings s say. Raises ConfigError, DataError, Diverged, OSError."""
     s.out_dir = os.path.expanduser(s.out_dir or default_out_dir(config_files))
     rank, world, distributed = processes()
-    device, dtype = pick_device(s)
+    machine = pick_device(s)
+    device = machine.device
     claim_out_dir(s)
     init_tokenizer, init_note = adopt(s) if s.init_from else (None, "")
     batch_plan(s, world)
@@ -283,34 +282,43 @@ def main(s, config_files=()):
             compare_ranks({**asdict(s), "device": device.type, **versions(), "code": code_hash(), "data": fingerprint},
                           rank, world)
         with run_folder(s, master=rank == 0) as out:  # all that can be refused was: only now is anything written
-            train(s, out, train_data, val_data, fingerprint, device, dtype, rank, world, distributed, init_note)
+            with kernels.backend("torch" if s.kernels == "torch" else "auto"):
+                train(s, out, train_data, val_data, fingerprint, machine, rank, world, distributed, init_note)
 
 
-def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, world=1, distributed=False, note=""):
+def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, distributed=False, note=""):
     """The run itself, in the folder out, by settings that main completed: model, loop and report."""
     master = rank == 0  # prints and writes; the others only compute
+    device, dtype = machine.device, machine.dtype
     share, micro, n_micro = batch_plan(s, world)
-    step = first_step = 0
+    step = first_step = skipped = 0
     ckpt = own_checkpoint(s, out / "ckpt.pt", fingerprint) if s.resume else None  # refused before memory is taken
     if ckpt and ckpt["step"] >= s.max_steps:
         if master:
             print(f"{s.out_dir} is finished: step {ckpt['step']} of {s.max_steps}. A larger --max_steps continues it.")
         return
     raw_model, optimizers = make_model(s, gpt_config(s, dtype), device, distributed)
+    # the loss is multiplied, so that fp16 does not lose small gradients; in other dtypes it is left alone
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if ckpt:
-        step = first_step = restore(ckpt, out / "ckpt.pt", raw_model, optimizers)
-        ckpt = None  # lets go of the file
-    model = torch.compile(raw_model) if (s.compile if s.compile != "auto" else device.type == "cuda") else raw_model
+        step, skipped = restore(ckpt, out / "ckpt.pt", raw_model, optimizers, scaler)
+        first_step, ckpt = step, None  # lets go of the file
+    model = torch.compile(raw_model) if machine.compile else raw_model
     ddp_model = model
     if distributed:
-        ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                            broadcast_buffers=False)  # they are the same everywhere, or a process's own
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # for a new name that torch 2.11 does not know
+            # Buffers are the same everywhere, or a process's own. Compiled, the model is cut where DDP's buckets end,
+            # so that they are sent while the backward pass goes on.
+            ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                                broadcast_buffers=False)
     counts = raw_model.counts()
     if master:
         log, scales, experts = open_logs(s, out, step, counts, device, world)
         print(f"{counts['params']:,} parameters, {counts['scale_params']:,} of them in scale vectors; "
-              f"{train_data.n_tokens:,} tokens in {train_data.folder.name}; {s.max_steps} steps of {s.batch_tokens} tokens "
-              f"on {device.type} in {dtype}, to {s.out_dir}")
+              f"{train_data.n_tokens:,} tokens in {train_data.folder.name}; {s.max_steps} steps of {s.batch_tokens} "
+              f"tokens on {device.type} in {dtype}{machine.why}{', compiled' * machine.compile}, with "
+              f"{'Triton' if machine.kernels == 'triton' else 'PyTorch'}'s kernels, to {s.out_dir}")
         if note:
             print(note)
 
@@ -333,7 +341,8 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
                             scales.write(*scale_statistics(raw_model, step))
                     if master and (step % s.log_interval == 0 or "val_loss" in row or stopping):
                         rate = since_log * s.batch_tokens / seconds_since_log if since_log else 0
-                        row.update(step=step, tokens=step * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
+                        row.update(step=step, tokens=step * s.batch_tokens, skipped=skipped,
+                                   tokens_per_second=f"{rate:.0f}")
                         since_log, seconds_since_log = 0, 0.0
                         log.write({name: row.get(name, "") for name in LOG_COLUMNS})
                         shown = {k: float(row[k]) for k in ("train_loss", "val_loss") if k in row}
@@ -342,16 +351,19 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
                             experts.write(*loads)
                             shown["load_max"] = max(float(layer["load_max"]) for layer in loads)
                             shown["idle"] = sum(layer["idle"] for layer in loads)
+                        if skipped:
+                            shown["skipped"] = skipped
                         bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
                         with noted_silence(signals):
                             if bar.disable or "val_loss" in row:
-                                bar.write(f"step {step:6d}  " + "".join(f"{k} {v:.4f}  " for k, v in shown.items())
+                                said = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+                                bar.write(f"step {step:6d}  " + "".join(f"{each}  " for each in said)
                                           + (f"{rate:,.0f} tokens/s" if rate else ""))
                     if step > 0 and (step % s.save_interval == 0 or last or stopping):
                         gather_state(optimizers)
                         if master:
                             save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, train_data.tokenizer,
-                                            fingerprint)
+                                            fingerprint, {**scaler.state_dict(), "skipped": skipped})
                             out = take_place(out, s)
                 if last or stopping:
                     break
@@ -366,8 +378,10 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
                     # gradients are averaged over processes once, after the last micro-batch
                     with ddp_model.no_sync() if distributed and i < n_micro - 1 else contextlib.nullcontext():
                         loss = ddp_model(x, y)[1] / n_micro
-                        loss.backward()
+                        scaler.scale(loss).backward()
                     loss_sum += loss.detach()
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
                 # The one place where the CPU waits for the device. It costs the launch of the next step's first kernels
                 # and buys that no optimizer step ever runs on a NaN.
@@ -375,11 +389,15 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
                 if distributed:
                     dist.all_reduce(status)
                 train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
-                if not (math.isfinite(train_loss) and math.isfinite(norm)):
+                scaler.update()
+                overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() >= 1
+                if not math.isfinite(train_loss) or not (math.isfinite(norm) or overflow):
                     raise Diverged(f"step {step}: loss {train_loss}, gradient norm {norm}. Try a lower --lr, a longer "
                                    f"--warmup_steps or another --seed; {s.out_dir} keeps what was saved before")
+                skipped += overflow
                 for optimizer in optimizers:
-                    optimizer.step()
+                    if not overflow:
+                        optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 if s.n_experts:
                     choices, entropy = take_router_statistics(raw_model)
@@ -415,7 +433,7 @@ def train(s, out, train_data, val_data, fingerprint, device, dtype, rank=0, worl
 
 
 def report(s, model, val_data, val_loss, rate, device, world):
-    """The closing block of `key: value` lines, a sample, and the command that draws the run. rate: tokens per second."""
+    """The closing block of `key: value` lines, a sample, and the command that draws the run. rate: tokens a second."""
     summary = {"val_loss": f"{val_loss:.4f}"}
     if bytes_per_token := val_data.bytes_per_token(eval_windows(val_data, s)):
         summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"

@@ -1,0 +1,337 @@
+"""devices.py and what train.py makes of it: machines that are not here, by their names; fp16, MPS's lack, Windows's."""
+
+import csv
+import functools
+import mmap
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import devices
+import kernels
+import runs
+import train
+from configurator import ConfigError, configure
+from runs import load_checkpoint
+from settings import Settings
+from train import Diverged, main
+
+GRAD_SCALER = torch.amp.GradScaler
+UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
+
+# name, compute capability or None for ROCm -> dtype of activations, peak
+GPUS = {
+    ("Tesla T4", (7, 5)): ("float32", 65e12), ("Tesla V100-SXM2-16GB", (7, 0)): ("float32", 125e12),
+    ("NVIDIA A100-SXM4-80GB", (8, 0)): ("bfloat16", 312e12), ("NVIDIA A10", (8, 6)): ("bfloat16", 125e12),
+    ("NVIDIA A10G", (8, 6)): ("bfloat16", 70e12), ("NVIDIA GeForce RTX 3090", (8, 6)): ("bfloat16", 71e12),
+    ("NVIDIA L4", (8, 9)): ("bfloat16", 121e12), ("NVIDIA L40S", (8, 9)): ("bfloat16", 362e12),
+    ("NVIDIA GeForce RTX 4090", (8, 9)): ("bfloat16", 165e12),
+    ("NVIDIA H100 80GB HBM3", (9, 0)): ("bfloat16", 989e12), ("NVIDIA H100 PCIe", (9, 0)): ("bfloat16", 756e12),
+    ("NVIDIA H200", (9, 0)): ("bfloat16", 989e12), ("NVIDIA B200", (10, 0)): ("bfloat16", 2250e12),
+    ("NVIDIA GB200", (10, 0)): ("bfloat16", 2500e12), ("NVIDIA GeForce RTX 5090", (12, 0)): ("bfloat16", 209e12),
+    ("NVIDIA GeForce GTX 1650", (7, 5)): ("float32", None), ("NVIDIA T400 4GB", (7, 5)): ("float32", None),
+    ("AMD Instinct MI300X", None): ("bfloat16", 1307e12), ("AMD Instinct MI250X", None): ("bfloat16", 192e12),
+    ("AMD Radeon RX 7900 XTX", None): ("bfloat16", 123e12),
+}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A function that makes this machine say that it has such a GPU, or MPS, or neither."""
+    empty = torch.empty
+
+    def become(gpu=None, capability=None, mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: gpu)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda device=None: SimpleNamespace(major=capability[0], minor=capability[1]))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.version, "hip", "6.4" if gpu and capability is None else None)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch, "empty", lambda *a, device=None, **kw: empty(*a, **kw))
+    return become
+
+
+@pytest.fixture
+def choice(monkeypatch, corpus, tmp_path):
+    """What `train.py config/unified.py FLAGS` computes with: (device, dtype, kernels, compile), and why that dtype."""
+    def choose(*flags):
+        seen = []
+        monkeypatch.setattr(train, "train", lambda s, out, a, b, c, machine, *rest:
+                            seen.extend([machine, kernels._backend]))
+        main(configure(Settings, [str(ROOT / "config/unified.py"), f"--dataset={corpus}", "--vocab_size=0",
+                                  f"--out_dir={tmp_path / 'run'}", *flags])[0])
+        m, backend = seen
+        assert backend == ("torch" if "--kernels=torch" in flags else "auto")
+        return (str(m.device), m.dtype, m.kernels, m.compile), m.why
+    return choose
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
+def test_each_gpu_gets_what_it_can_do(gpu, fake, choice):
+    fake(*gpu)
+    dtype, peak = GPUS[gpu]
+    chosen, why = choice()
+    assert chosen == ("cuda:0", dtype, "triton", True)
+    assert (gpu[0] in why) == (dtype == "float32")
+    assert devices.peak_flops(torch.device("cuda", 0)) == peak
+
+
+def test_flags_and_machines_without_a_gpu(fake, choice, monkeypatch):
+    assert choice()[0] == ("cpu", "float32", "torch", False)
+    fake(mps=True)
+    assert choice()[0] == ("mps", "float32", "torch", False)
+    assert choice("--device=cpu", "--dtype=bfloat16", "--compile=True")[0] == ("cpu", "bfloat16", "torch", True)
+    fake("Tesla T4", (7, 5))
+    assert choice("--dtype=float16") == (("cuda:0", "float16", "triton", True), "")
+    assert choice("--dtype=bfloat16", "--compile=False")[0] == ("cuda:0", "bfloat16", "triton", False)
+    assert choice("--kernels=torch")[0] == ("cuda:0", "float32", "torch", True)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)  # Triton is not installed
+    assert choice()[0] == ("cuda:0", "float32", "torch", True)
+
+
+def test_several_processes_do_not_get_mps(fake, monkeypatch):
+    fake(mps=True)
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    assert devices.pick_device(Settings()).device.type == "cpu"
+    with pytest.raises(ConfigError, match="add --device=cpu"):
+        devices.pick_device(Settings(device="mps"))
+
+
+# fp16
+
+def log(s):
+    with open(Path(s.out_dir) / "log.csv", newline="") as f:
+        return [{**row, "tokens_per_second": ""} for row in csv.DictReader(f)]
+
+
+def scaled_by(monkeypatch, scale):
+    """Let the loss begin with another factor than 65536; it halves where a gradient overflows."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(GRAD_SCALER, init_scale=scale))
+
+
+@pytest.mark.parametrize("kw", [{}, dict(optimizer="muon"), dict(n_experts=4, expert_dim=8)], ids=["", "muon", "moe"])
+def test_fp16_ends_where_fp32_does(settings, tmp_path, kw):
+    losses = []
+    for dtype in ("float32", "float16"):
+        s = settings(**UNIFIED, **kw, max_steps=60, lr=1e-2, dtype=dtype, out_dir=str(tmp_path / dtype))
+        main(s)
+        losses.append(float(log(s)[-1]["val_loss"]))
+    assert losses[0] < 3.7 and abs(losses[0] - losses[1]) < 0.02 and losses[0] != losses[1]
+
+
+def test_the_scaler_is_what_keeps_small_gradients(settings, monkeypatch):
+    """The same run with a loss that is divided by 2^24: in fp16 the logits' gradients are zeros then."""
+    norms = []
+    for scale in (2.0**16, 2.0**-24):
+        scaled_by(monkeypatch, scale)
+        s = settings(**UNIFIED, dtype="float16", overwrite=True)
+        main(s)
+        norms.append([float(row["grad_norm"]) for row in log(s)[1:]])
+    assert min(norms[0]) > 0.1 and set(norms[1]) == {0.0}
+
+
+def test_an_overflow_skips_its_step_and_nothing_else(settings, monkeypatch, capsys):
+    start = settings(**UNIFIED, max_steps=1, dtype="float16", lr=0.0, weight_decay=0.0)
+    main(start)  # at a rate of 0: the initial weights
+    first = load_checkpoint(Path(start.out_dir) / "ckpt.pt")["model"]
+    scaled_by(monkeypatch, 2.0**24)
+    s = settings(**UNIFIED, max_steps=12, dtype="float16", save_interval=1, overwrite=True)
+    saved = {}
+    real = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, *a: (real(path, *a), saved.update(
+        {a[2]: torch.load(path, weights_only=True)}))[0])
+    main(s)
+    skipped = [int(row["skipped"]) for row in log(s)]
+    n = skipped[-1]
+    assert 2 <= n < 10 and skipped == [min(i, n) for i in range(13)]  # the first ones, until the factor is small enough
+    assert f"skipped {n} " in capsys.readouterr().out
+    for step in range(1, n + 1):
+        assert all(torch.equal(saved[step]["model"][name], first[name]) for name in first)
+        assert not any(saved[step]["optimizers"][0]["state"].values())
+        assert saved[step]["scaler"]["scale"] == 2.0**(24 - step) and saved[step]["scaler"]["skipped"] == step
+    after = saved[n + 1]
+    assert not torch.equal(after["model"]["wte"], first["wte"])
+    assert {int(state["step"]) for state in after["optimizers"][0]["state"].values()} == {1}
+
+
+@pytest.mark.parametrize("stop", [1, 6], ids=["between overflows", "after them"])
+def test_fp16_resumes_bit_for_bit(settings, tmp_path, monkeypatch, stop):
+    scaled_by(monkeypatch, 2.0**23)
+    kw = dict(**UNIFIED, schedule="constant", dtype="float16", save_interval=1)
+    whole, parts = settings(**kw, max_steps=12), settings(**kw, max_steps=stop, out_dir=str(tmp_path / "parts"))
+    main(whole)
+    main(parts)
+    main(settings(**kw, max_steps=12, resume=True, out_dir=parts.out_dir))
+    assert log(whole)[-1]["skipped"] > "1"
+    assert [r for r in log(parts) if r["step"] != str(stop)] == [r for r in log(whole) if r["step"] != str(stop)]
+    a, b = (load_checkpoint(Path(s.out_dir) / "ckpt.pt") for s in (whole, parts))
+    assert a["scaler"] == b["scaler"] and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_fp16_that_overflows_at_any_factor_has_diverged(settings, monkeypatch):
+    real = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: real(*a) * float("inf"))
+    scaled_by(monkeypatch, 0.5)
+    with pytest.raises(Diverged, match="step 0: .* gradient norm inf"):
+        main(settings(dtype="float16"))
+
+
+@pytest.mark.parametrize("scaler", [5, {"scale": "large"}, {"scale": None}])
+def test_a_scaler_that_is_none_is_refused(settings, scaler):
+    s = settings(dtype="float16")
+    main(s)
+    path = Path(s.out_dir) / "ckpt.pt"
+    torch.save({**torch.load(path, weights_only=True), "scaler": scaler}, path)
+    with pytest.raises(ConfigError, match="cannot be read as a checkpoint"):
+        main(settings(dtype="float16", max_steps=9, resume=True))
+
+
+# what other machines lack
+
+class NoFloat64(TorchDispatchMode):
+    """MPS computes nothing in float64. What .cpu() brought home may be."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.home = []  # the tensors themselves: an id alone would be given again
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda t: self.bring(t.detach().clone()))
+
+    def bring(self, t):
+        self.home.append(t)
+        return t
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        out = f(*args, **(kwargs or {}))
+        if any(t is h for t in tensors for h in self.home):
+            self.home += [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        elif any(x.dtype == torch.float64 for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            raise TypeError(f"{f}: the MPS framework doesn't support float64")
+        return out
+
+
+@pytest.mark.parametrize("kw", [{}, UNIFIED, dict(**UNIFIED, n_experts=4, expert_dim=8), dict(optimizer="muon"),
+                                dict(arch="gemma", reparam="er")], ids=["baseline", "unified", "moe", "muon", "gemma"])
+def test_a_device_without_float64(settings, monkeypatch, kw, capsys):
+    """The model is made at home; from then on until the sample's last token nothing on the device is in float64."""
+    mode, real = NoFloat64(monkeypatch), train.make_model
+    monkeypatch.setattr(train, "make_model", lambda *a: (real(*a), mode.__enter__())[0])
+    try:
+        main(settings(**kw, sample_tokens=8))
+    finally:
+        mode.__exit__(None, None, None)
+    assert mode.home and "a sample:" in capsys.readouterr().out
+
+
+@contextmanager
+def windows(monkeypatch):
+    """No folder can be opened, no file that is open or mapped replaced, no folder renamed with an open file in it."""
+    real_open, real_replace, real_rename = os.open, os.replace, os.rename
+
+    def in_use():
+        paths = set(re.findall(r"(/\S+)$", Path("/proc/self/maps").read_text(), re.M))
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                paths.add(os.readlink(f"/proc/self/fd/{fd}"))
+            except OSError:
+                continue
+        return paths
+
+    def open_(path, *a, **kw):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, *a, **kw)
+
+    def moving(real):
+        def move(src, dst):
+            for path in (os.path.realpath(src), os.path.realpath(dst)):
+                if any(used == path or used.startswith(path + os.sep) for used in in_use()):
+                    raise PermissionError(32, "The process cannot access the file", path)
+            real(src, dst)
+        return move
+    with monkeypatch.context() as m:
+        m.setattr(runs, "fcntl", None)
+        m.setattr(os, "open", open_)
+        m.setattr(os, "replace", moving(real_replace))
+        m.setattr(os, "rename", moving(real_rename))
+        yield
+
+
+def test_windows_saves_resumes_and_says_what_it_cannot(settings, monkeypatch):
+    with windows(monkeypatch):
+        with pytest.raises(PermissionError):
+            os.open(settings().dataset, os.O_RDONLY)
+        main(settings(max_steps=4))
+        main(settings(max_steps=12, resume=True))  # replaces the file that it resumed from, twice
+        with pytest.raises(ConfigError, match="Windows"):
+            main(settings(max_steps=12, overwrite=True))
+    assert load_checkpoint(Path(settings().out_dir) / "ckpt.pt")["step"] == 12
+
+
+def test_the_simulation_of_windows_refuses(monkeypatch, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"1" * 4096)
+    b.write_bytes(b"2")
+    with windows(monkeypatch):
+        with open(a, "rb") as f, pytest.raises(PermissionError):
+            os.replace(b, a)
+        with open(a, "rb") as f:
+            view = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        with pytest.raises(PermissionError):
+            os.replace(b, a)
+        view.close()
+        os.replace(b, a)
+
+
+# several processes
+
+def test_a_compiled_model_is_cut_at_ddps_buckets(tmp_path):
+    """So that gradients are sent while the backward pass goes on: one graph for all of it sends them at its end."""
+    script = tmp_path / "graphs.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / 'tests')!r})
+import torch, worlds, train
+from torch.nn.parallel import DistributedDataParallel
+graphs = []
+def backend(module, inputs):
+    if torch.is_grad_enabled():
+        graphs.append(sum(1 for node in module.graph.nodes if node.op == "call_function"))
+    return module.forward
+compile, ddp = torch.compile, train.DistributedDataParallel
+torch.compile = lambda model: compile(model, backend=backend)
+train.DistributedDataParallel = lambda *a, **kw: ddp(*a, **kw, bucket_cap_mb=float(sys.argv[2]))
+flags = ["--n_layer=4", "--n_embd=192", "--n_head=2", "--compile=True", "--micro_batch=2"]
+train.main(worlds.settings("unified", sys.argv[1] + sys.argv[2], sys.argv[3], 3, *flags))
+if os.environ["RANK"] == "0":
+    print("graphs:", len(graphs), max(graphs))
+""")
+    corpus = tmp_path / "data"
+    from data.tokens import BinWriter, load_tokenizer, write_meta
+    corpus.mkdir()
+    for split in ("train", "val"):
+        with BinWriter(corpus / f"{split}.bin") as out:
+            out.write(torch.randint(256, (4000,)).numpy().astype("uint16"))
+    write_meta(corpus, load_tokenizer("bytes"))
+    graphs = {}
+    for megabytes in (1.1, 1000):  # 8 MB of gradients
+        run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                              script, tmp_path / "out", str(megabytes), corpus], capture_output=True, text=True)
+        assert run.returncode == 0 and "FutureWarning" not in run.stderr, run.stderr
+        graphs[megabytes] = tuple(map(int, re.search(r"graphs: (\d+) (\d+)", run.stdout).groups()))
+    (many, small), (few, large) = graphs[1.1], graphs[1000]
+    assert many >= 3 * few and small < large / 2, graphs
