@@ -55,8 +55,7 @@ class GPTConfig:
     router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 5e-3; then router_aux=0
     expert_scales: Literal["shared", "own"] = "shared"  # under HG, experts share γ of gate and of up, or own theirs [R]
     # numbers
-    # activations; auto is bfloat16 on a GPU that computes in it, else float32; float16 scales its loss
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # activations; auto: bfloat16 where a GPU has it
 
     def __post_init__(self):
         if self.n_embd % self.n_head and not self.d_head:
