@@ -185,11 +185,16 @@ def run_folder(s, master=True):
         return
     if not out.exists():
         finish_taking_place(out)
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out):
+    with lock(out) as held:
         claim_out_dir(s)  # again: until now another run may have been here
         if not (s.overwrite and (out / "config.json").exists()):
-            yield out
+            try:
+                yield out
+            finally:
+                if made and [file.name for file in out.iterdir()] == [Path(held.name).name]:  # nothing came of it
+                    shutil.rmtree(out, ignore_errors=True)
             return
         new, _ = beside(out)
         shutil.rmtree(new, ignore_errors=True)

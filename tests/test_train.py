@@ -24,6 +24,7 @@ from settings import Settings, batch_plan
 from train import Diverged, main
 
 UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
+FREE = {**UNIFIED, "placement": "dual"}
 
 
 def log(s, column="train_loss"):
@@ -87,7 +88,8 @@ def test_scales_csv_holds_every_effective_gamma(settings, reparam):
 
 # the same numbers, however a run goes
 
-@pytest.mark.parametrize("kw", [dict(), UNIFIED, dict(optimizer="muon", schedule="wsd", arch="gemma")], ids=str)
+@pytest.mark.parametrize("kw", [dict(), UNIFIED, dict(**FREE, decay_direction=True), dict(**FREE, attn_placement="dual_norm"),
+                                dict(optimizer="muon", schedule="wsd", arch="gemma")], ids=str)
 def test_twice_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(settings, tmp_path, monkeypatch, kw):
     reference = settings(**kw)
     main(reference)
@@ -286,6 +288,21 @@ def test_a_run_from_before_a_setting_existed_goes_on(settings):
     s.qkv_norm, s.max_steps = "full", 12
     with pytest.raises(ConfigError, match="qkv_norm 'head' .here 'full'."):
         main(s)
+
+
+def test_a_run_that_fails_before_its_first_file_leaves_no_folder(settings, monkeypatch):
+    def fail(*args):
+        raise ConfigError("weights of another model")
+    monkeypatch.setattr(train, "make_model", fail)
+    s = settings()
+    with pytest.raises(ConfigError, match="another model"):
+        main(s)
+    assert not Path(s.out_dir).exists()
+    Path(s.out_dir).mkdir()
+    (Path(s.out_dir) / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="another model"):
+        main(s)
+    assert (Path(s.out_dir) / "notes.txt").exists()
 
 
 def test_foreign_folders_are_not_touched(settings, tmp_path):
