@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from configurator import ConfigError, refuse
 from stats import mean_and_half_width, read_csv, scaling_fits, summarise
@@ -139,6 +140,7 @@ def plot_curves(folder, arms, curves):
         axes[1].set_title("one run each: another seed would move this line" if single else
                           "in pairs of equal seed; bands: a standard deviation of the pairs", loc="left")
     axes[-1].set_xlabel("tokens")
+    axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
     figure.legend(loc="outside lower center", ncols=4)
     save(figure, folder, "curves")
 
