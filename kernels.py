@@ -48,7 +48,10 @@ _backend = "auto"
 
 @contextmanager
 def backend(name):
-    """Which way all functions here go inside `with backend(name):`, for tests and bench.py: auto, torch or triton."""
+    """
+    Which way all functions here go inside `with backend(name):` auto is Triton on a GPU, torch the twins everywhere.
+    triton, for tests and bench.py, never goes to a twin for want of a GPU. A backward pass goes as its forward did.
+    """
     global _backend
     if name not in ("auto", "torch", "triton"):
         raise ValueError(f"no backend {name!r}; there are: auto, torch, triton")
@@ -70,11 +73,21 @@ def _use_triton(x):
     return x.is_cuda or _backend == "triton"
 
 
+class KernelError(RuntimeError):
+    """A kernel that does not compile or launch here: one line that says which, why, and how to go on without."""
+
+
 def _launch(kernel, grid, *args, **constants):
     """Run a kernel on the GPU that its first argument is on. An empty grid, which CUDA refuses, does nothing."""
-    if all(grid):
+    if not all(grid):
+        return
+    try:
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **constants)
+    except Exception as e:  # Triton has no common class for what its passes, an assembler, gcc and a driver raise
+        why = (str(getattr(e, "error_message", None) or e).strip() or "no message").splitlines()[0]
+        raise KernelError(f"{kernel.__name__} failed, {type(e).__name__}: {why[:200]}; "
+                          f"--kernels=torch goes on without Triton's kernels") from e
 
 
 def _rows(x):

@@ -1,0 +1,83 @@
+"""What kernels.py does on the accelerator that a reader has, or has not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_kernels import EPS, launched, pytestmark, randn
+
+import kernels
+from kernels import backend, rms_norm, swiglu
+
+
+class Broken:
+    """A kernel that raises what Triton raised."""
+
+    def __init__(self, error):
+        self.error, self.__name__ = error, "_broken_kernel"
+
+    def __getitem__(self, grid):
+        def fail(*args, **kw):
+            raise self.error
+        return fail
+
+
+def compilation_error():
+    """As Triton makes it, of many lines, the last of which says why."""
+    from triton.compiler.errors import CompilationError
+    node = compile("x =\\\n  1", "", "exec", 1024).body[0]  # 1024: the tree alone
+    return CompilationError("def kernel():\n    a line\n", node, "Unsupported conversion\nand more")
+
+
+@pytest.mark.parametrize("error,why", [
+    (lambda: RuntimeError("PassManager::run failed\nand more"), "RuntimeError: PassManager::run failed"),
+    (compilation_error, "CompilationError: Unsupported conversion"),
+    (lambda: OSError(), "OSError: no message"), (lambda: ValueError("x" * 9999), "ValueError: " + "x" * 200)])
+def test_a_kernel_that_fails_is_one_line_with_the_way_out(error, why, monkeypatch):
+    x = randn(3, 8).requires_grad_()
+    line = f"_broken_kernel failed, {why}; --kernels=torch goes on without Triton's kernels"
+    with monkeypatch.context() as m, backend("triton"):
+        m.setattr(kernels, "_rms_norm_kernel", Broken(error()))
+        for f in (rms_norm, torch.compile(rms_norm, backend="aot_eager")):
+            with pytest.raises(kernels.KernelError) as e:
+                f(x, EPS)
+            assert str(e.value) == line and isinstance(e.value.__cause__, type(error()))
+        with backend("torch"):
+            assert torch.equal(rms_norm(x, EPS), kernels._RMSNorm.apply(x, None, EPS))
+    with monkeypatch.context() as m, backend("triton"):  # from autograd's thread, too
+        m.setattr(kernels, "_rms_norm_backward_kernel", Broken(error()))
+        with pytest.raises(kernels.KernelError, match="_broken_kernel failed"):
+            rms_norm(x, EPS).sum().backward()
+
+
+def test_a_model_goes_its_own_way_and_its_backward_pass_as_its_forward_pass(launched):
+    """So that one that trains with --kernels=torch changes nothing for the next in its process."""
+    x, y = randn(3, 8).requires_grad_(), randn(3, 16).requires_grad_()
+    with backend("triton"):
+        first = rms_norm(x, EPS)
+        with backend("torch"):
+            second = swiglu(y, 8)
+            first.sum().backward()
+        second.sum().backward()
+        assert launched == ["_rms_norm_kernel", "_rms_norm_backward_kernel"]
+        swiglu(y, 8)
+        assert launched[2:] == ["_swiglu_kernel"]
+
+
+def test_without_triton_the_twins_do_the_work():
+    code = """
+import sys
+sys.modules["triton"] = None  # import raises ImportError
+import torch, kernels
+from model import GPT
+from settings import GPTConfig
+model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, placement="dual_norm", dtype="float32"))
+x = torch.zeros(1, 4, dtype=torch.int64)
+model(x, x)[1].backward()
+with kernels.backend("torch"):
+    model(x, x)[1].backward()
+assert kernels.triton is None and all(p.grad.isfinite().all() for p in model.parameters())
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
