@@ -49,7 +49,7 @@ _backend = "auto"
 @contextmanager
 def backend(name):
     """
-    Which way all functions here go inside `with backend(name):` auto is Triton on a GPU, torch the twins everywhere.
+    Which way all functions here go inside `with backend(name)`: auto is Triton on a GPU, torch the twins everywhere.
     triton, for tests and bench.py, never goes to a twin for want of a GPU. A backward pass goes as its forward did.
     """
     global _backend

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from configurator import ConfigError, check_all, open_file, read_json
-from settings import Settings
+from settings import FREE_ON_RESUME, Settings
 
 try:
     import fcntl
@@ -141,7 +141,8 @@ def claim_out_dir(s):
         there = check_settings(read_json(config).get("settings"), config)
         if s.overwrite:
             return
-        if changed := differing(there, s):
+        # before there is a checkpoint, with --kernels=torch, say, it is the same run
+        if changed := differing(there, s, frozenset() if ckpt.exists() else FREE_ON_RESUME):
             raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir, or start over "
                               f"with --overwrite=True")
         if ckpt.exists():

@@ -282,7 +282,7 @@ def main(s, config_files=()):
             compare_ranks({**asdict(s), "device": device.type, **versions(), "code": code_hash(), "data": fingerprint},
                           rank, world)
         with run_folder(s, master=rank == 0) as out:  # all that can be refused was: only now is anything written
-            with kernels.backend("torch" if s.kernels == "torch" else "auto"):
+            with kernels.backend(s.kernels):
                 train(s, out, train_data, val_data, fingerprint, machine, rank, world, distributed, init_note)
 
 
@@ -478,7 +478,7 @@ def run(s, config_files=()):
         main(s, config_files)
     except ConfigError as e:
         refuse(e)
-    except Diverged as e:
+    except (Diverged, kernels.KernelError) as e:
         refuse(e, 1)
     except BrokenPipeError:
         raise

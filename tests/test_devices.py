@@ -111,6 +111,23 @@ def test_several_processes_do_not_get_mps(fake, monkeypatch):
         devices.pick_device(Settings(device="mps"))
 
 
+def test_a_kernel_that_fails_is_one_line_and_the_flag_in_it_goes_on(settings, monkeypatch, capsys):
+    class Broken:
+        __name__ = "_rms_norm_kernel"
+
+        def __getitem__(self, grid):
+            raise RuntimeError("out of resource: shared memory\nand more")
+    monkeypatch.setattr(kernels, "_rms_norm_kernel", Broken())
+    monkeypatch.setattr(kernels, "_use_triton", lambda x: kernels._backend == "auto")  # as on a GPU
+    with pytest.raises(SystemExit) as stop:
+        train.run(settings())
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1, said
+    assert "_rms_norm_kernel failed, RuntimeError: out of resource: shared memory; --kernels=torch goes on" in said
+    train.run(settings(kernels="torch"))
+    assert log(settings())[-1]["step"] == "8" and kernels._backend == "auto"
+
+
 # fp16
 
 def log(s):
