@@ -892,6 +892,9 @@ def _swiglu_gradients(ctx, dh):
 _swiglu.register_autograd(_swiglu_gradients, setup_context=_swiglu_context)
 
 
+activation = F.silu  # of gate; with another one here, such as F.gelu, the formulas at the end of swiglu do all the work
+
+
 class _NormedSwiGLU(torch.autograd.Function):
     # Written out for a CPU without a compiler: autograd makes a pass over memory for each of some 20 operations, and
     # keeps five copies of the rows. This goes through all of them with a block of rows that stays in the cache, and
@@ -953,15 +956,15 @@ def swiglu(y, n, eps=0.0, normed=False, gamma=None):
     after each, as scaled_cast's rows of zeros give. gamma: None, (n,) or a row for each row of y, in fp32. DNP's vector
     of up is left to the matrix that comes next. Returns (..., m), with zeros after the first n.
     """
-    m = y.size(-1) // 2
+    m, written_out = y.size(-1) // 2, activation is F.silu
     gamma = gamma if normed else None
-    if _use_triton(y) and 0 < m and (m <= WIDEST or not normed) and _is_vector(gamma, n):
+    if written_out and _use_triton(y) and 0 < m and (m <= WIDEST or not normed) and _is_vector(gamma, n):
         return _swiglu(y, n, eps, normed, gamma)
     if not normed:
         gate, up = y.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    if not (y.is_cuda or torch.compiler.is_compiling()):
+        return activation(gate) * up
+    if written_out and not (y.is_cuda or torch.compiler.is_compiling()):
         return _NormedSwiGLU.apply(y, n, eps, gamma)
     gate, _, up, _ = y.split([n, m - n, n, m - n], dim=-1)
-    h = F.silu(rms_norm(gate, eps, gamma)) * rms_norm(up, eps)
+    h = activation(rms_norm(gate, eps, gamma)) * rms_norm(up, eps)
     return F.pad(h, (0, m - n)) if m > n else h

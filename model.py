@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 from kernels import qk_norm_rope, rms_norm, scaled_cast, swiglu
 from moe import MoE, active, mixtures
 from norms import Branches, ScaleVector
@@ -136,7 +137,7 @@ class FFN(nn.Module):
         linear, branches = F.linear if route is None else route.linear, self.gate_up
         if self.written:
             gate, up = branches(h, route)
-            return linear(F.silu(gate) * up, self.down.to(h.dtype))
+            return linear(kernels.activation(gate) * up, self.down.to(h.dtype))
         W_gate_up, W_down = self.cached or self.weights(h.dtype)
         gamma = branches.after_norm("gate")
         if gamma is not None and route is not None:

@@ -66,6 +66,21 @@ def test_a_model_goes_its_own_way_and_its_backward_pass_as_its_forward_pass(laun
         assert launched[2:] == ["_swiglu_kernel"]
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_another_activation_is_computed_everywhere(normed, monkeypatch, launched):
+    """In the place of SiLU, on a CPU and on a GPU: what is written out for SiLU alone stands aside."""
+    y, gamma = randn(5, 16), randn(8)
+    monkeypatch.setattr(kernels, "activation", torch.nn.functional.gelu)
+    gate, up = y.chunk(2, dim=-1)
+    if normed:
+        gate, up = gamma * rms_norm(gate, EPS), rms_norm(up, EPS)
+    for name in ("torch", "auto", "triton"):
+        with backend(name):
+            h = swiglu(y, 8, EPS, normed, gamma if normed else None)
+        assert torch.allclose(h, torch.nn.functional.gelu(gate) * up, atol=1e-6)
+    assert "_swiglu_kernel" not in launched
+
+
 def test_without_triton_the_twins_do_the_work():
     code = """
 import sys
