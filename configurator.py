@@ -6,6 +6,8 @@ Flat, typed settings from config files and --key=value flags, applied left to ri
 The settings are a dataclass whose fields carry their type, their range and a trailing comment; --help prints
 those lines. A config file is plain Python assignments. It is code and it is run: read a stranger's first.
 Whatever is wrong is said in one line on stderr, with exit code 2.
+
+Knows none of the other files.
 """
 
 import difflib

@@ -1,5 +1,7 @@
 """
 The machine: which processes a run is, on which device and in which dtype, what that is called and can do at most.
+
+Knows configurator.py alone.
 """
 
 import math

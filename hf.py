@@ -19,7 +19,7 @@ In a mixture of experts the router's γ goes into the router, and each expert is
     blocks.0.ffn.experts.gate, up, down   (E, ...); gate_scale too
     blocks.0.ffn.shared.gate, up, down    and gate_scale, as a dense FFN
 
-Knows model.py, settings.py and runs.py. sample.py, export.py, bench.py and train.py take from here.
+Knows model.py, settings.py, runs.py and configurator.py. sample.py, export.py, bench.py and train.py take from here.
 """
 
 import json

@@ -19,6 +19,8 @@ reaches with every input read once and every output written once. Four rules hol
 
 The operations are opaque to torch.compile (torch.library.custom_op). triton_op would let inductor see the kernels, but
 it passes Python floats, ε, as fp64, and a whole kernel may then compute in fp64.
+
+Knows none of the other files.
 """
 
 import os

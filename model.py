@@ -10,6 +10,8 @@ With n_experts the FFN of every block is a mixture of experts (MoE): the same mo
 
 Shapes: B batch, T tokens; n_head heads of d_head channels each for q, n_kv_head for k and v. In a MoE: E experts, K
 of them chosen for each of N = B·T tokens.
+
+Knows kernels.py, norms.py and moe.py.
 """
 
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """
 Parameter groups by role, AdamW, Muon, and learning-rate schedules that are pure functions of the step.
+
+Knows none of the other files.
 """
 
 import math

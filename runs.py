@@ -1,5 +1,7 @@
 """
 What a run leaves on disk: its folder, its logs, its checkpoints. A kill can cut the last row of a log and nothing else.
+
+Knows settings.py and configurator.py.
 """
 
 import ast

@@ -1,4 +1,8 @@
-"""What the prepare.py scripts share: from files of text to a folder of tokens, and a command line that fails tidily."""
+"""
+What the prepare.py scripts share: from files of text to a folder of tokens, and a command line that fails tidily.
+
+Knows tokens.py and configurator.py.
+"""
 
 import argparse
 import hashlib

@@ -1,9 +1,12 @@
-"""Tokens on disk and the batches made of them.
+"""
+Tokens on disk and the batches made of them.
 
 A .bin file is a header of 256 int32 (magic 20240520, version 1, number of tokens, zeros) and then the tokens as
 uint16, all little endian: the layout of llm.c and modded-nanogpt, so their shards work here unchanged and ours there.
 A document is a separator token followed by the document's tokens. A folder holds .bin files with the word train or val
 in their names and, when our scripts made it, a meta.json that names the tokenizer.
+
+Knows configurator.py alone.
 """
 
 import hashlib
