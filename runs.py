@@ -97,23 +97,24 @@ def code_hash():
 RUN_FILES = {"config.json", "log.csv", "scales.csv", "experts.csv", "ckpt.pt", "train.lock", "ablate.lock"}
 
 
-def differing(there, s, free=frozenset()):
+def differing(saved, s, free=frozenset()):
     """
     'lr 0.001 (here 0.002)' for each setting of a run on disk that is another in s; '' where there is none.
 
-    there: the run's settings, a dict. A setting that it does not know was added since, and had its default then.
+    saved: the run's settings, a dict. A setting that it does not know was added since, and had its default then.
     """
-    here, there = asdict(s), {**asdict(type(s)()), **there}
-    names = [name for name in here if name not in free | {"out_dir", "resume", "overwrite"} and there[name] != here[name]]
-    return ", ".join(f"{name} {there[name]!r} (here {here[name]!r})" for name in names)
+    here, saved = asdict(s), {**asdict(type(s)()), **saved}
+    names = [name for name in here if saved[name] != here[name]]
+    return ", ".join(f"{name} {saved[name]!r} (here {here[name]!r})" for name in names
+                     if name not in free | {"out_dir", "resume", "overwrite"})
 
 
-def check_settings(there, path):
-    """The settings that a run's file holds, without those of other versions. Raises ConfigError for what no run wrote."""
-    if type(there) is not dict:
+def check_settings(saved, path):
+    """The settings in a run's file, without those of other versions. Raises ConfigError for what no run wrote."""
+    if type(saved) is not dict:
         raise ConfigError(f"{path} is not a run's; name another --out_dir")
     hints = get_type_hints(Settings, include_extras=True)
-    return check_all({name: value for name, value in there.items() if name in hints}, hints, path)
+    return check_all({name: value for name, value in saved.items() if name in hints}, hints, path)
 
 
 def claim_out_dir(s):
@@ -140,13 +141,13 @@ def claim_out_dir(s):
             raise ConfigError(f"nothing to resume: there is no {ckpt}. Start the run without --resume=True")
         return
     if config.exists():
-        there = check_settings(read_json(config).get("settings"), config)
+        saved = check_settings(read_json(config).get("settings"), config)
         if s.overwrite:
             return
         # before there is a checkpoint, with --kernels=torch, say, it is the same run
-        if changed := differing(there, s, frozenset() if ckpt.exists() else FREE_ON_RESUME):
-            raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir, or start over "
-                              f"with --overwrite=True")
+        if changed := differing(saved, s, frozenset() if ckpt.exists() else FREE_ON_RESUME):
+            raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir, or start "
+                              f"over with --overwrite=True")
         if ckpt.exists():
             raise ConfigError(f"{out} holds this run already: go on with --resume=True, start over with "
                               f"--overwrite=True, or name another --out_dir")
@@ -216,23 +217,23 @@ def beside(out):
 
 def take_place(out, s):
     """Once a new run in `out` has a checkpoint, put it where the old one is. Returns the folder to go on in."""
-    there = Path(s.out_dir).resolve()
-    if out != there:
-        finish_taking_place(there)
-        os.rename(there, beside(there)[1])
-        finish_taking_place(there)
-    return there
+    place = Path(s.out_dir).resolve()
+    if out != place:
+        finish_taking_place(place)
+        os.rename(place, beside(place)[1])
+        finish_taking_place(place)
+    return place
 
 
-def finish_taking_place(there):
+def finish_taking_place(place):
     """The second half of take_place, which a kill may have left undone."""
-    new, old = beside(there)
-    if not there.exists() and old.exists():
-        os.rename(new, there)
+    new, old = beside(place)
+    if not place.exists() and old.exists():
+        os.rename(new, place)
     if old.exists():
         for file in old.iterdir():
             if file.name not in RUN_FILES:  # what else people keep in the folder
-                os.rename(file, there / file.name)
+                os.rename(file, place / file.name)
         shutil.rmtree(old)
 
 
@@ -243,7 +244,8 @@ class CSVLog:
         header, kept = ",".join(columns), []
         if resume_step and path.exists():
             with open_file(path) as f:
-                first, *rows = f.read().decode(errors="replace").split("\n")[:-1] or [header]  # a kill cuts the last row
+                rows = f.read().decode(errors="replace").split("\n")[:-1]  # a kill cuts the last row
+            first, *rows = rows or [header]
             if first != header:
                 raise ConfigError(f"{path} has other columns than {header}: move it away to go on without it")
             steps = set(map(str, range(resume_step + 1)))
@@ -311,13 +313,13 @@ def load_checkpoint(path):
 
 def check_tensors(found, wanted, path):
     """
-    Raise ConfigError unless `found`, a dict of what a file holds, has tensors with the names, shapes and dtypes of those
-    in `wanted`. Kernels take it for granted, and write past the end of a tensor that is too short.
+    Raise ConfigError unless `found`, a dict of what a file holds, has tensors with the names, shapes and dtypes of
+    those in `wanted`. Kernels take it for granted, and write past the end of a tensor that is too short.
     """
     for name in {**wanted, **found}:
-        there, here = found.get(name), wanted.get(name)
-        if not (isinstance(there, torch.Tensor) and isinstance(here, torch.Tensor) and there.layout == torch.strided
-                and (there.shape, there.dtype) == (here.shape, here.dtype)):
-            said = [f"{list(t.shape)} in {t.dtype}" if isinstance(t, torch.Tensor) else "no tensor" for t in (there, here)]
+        pair = found.get(name), wanted.get(name)
+        if not (all(isinstance(t, torch.Tensor) for t in pair) and pair[0].layout == torch.strided
+                and (pair[0].shape, pair[0].dtype) == (pair[1].shape, pair[1].dtype)):
+            said = [f"{list(t.shape)} in {t.dtype}" if isinstance(t, torch.Tensor) else "no tensor" for t in pair]
             raise ConfigError(f"{path}: {name} is {said[0]}, and the run has {said[1]}. It is of another version of "
                               f"nanoScale, or not ours")

@@ -356,9 +356,9 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
                         bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
                         with noted_silence(signals):
                             if bar.disable or "val_loss" in row:
-                                said = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-                                bar.write(f"step {step:6d}  " + "".join(f"{each}  " for each in said)
-                                          + (f"{rate:,.0f} tokens/s" if rate else ""))
+                                said = [f"step {step:6d}", *(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
+                                                             for k, v in shown.items())]
+                                bar.write("  ".join(said + [f"{rate:,.0f} tokens/s"] * bool(rate)))
                     if step > 0 and (step % s.save_interval == 0 or last or stopping):
                         gather_state(optimizers)
                         if master:

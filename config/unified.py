@@ -1,4 +1,4 @@
-# The paper's unified strategy: HG + DNP + OR + IWD. Where DNP acts, and that decay spares OR's α, is our reconstruction.
+# The paper's unified strategy: HG + DNP + OR + IWD. Where DNP acts, and that decay spares OR's α, is reconstructed.
 heterogeneous = True
 placement = "dual_norm"
 reparam = "or"

@@ -2,6 +2,7 @@
 Kill a run with SIGKILL again and again, resume it each time, and compare its end with a run that nobody disturbed:
 
     python tests/faults.py --kills 100
+    python tests/faults.py --kills 100 --threads 2 --load 2 --steps 60
 
 A run that reaches its end is compared bit for bit and another one begins, until all kills are spent. A kill falls
 at one of three moments, in turn: at any time since the process started, at any time while it trains, and as soon as
@@ -10,12 +11,14 @@ the temporary file of a checkpoint is seen.
 
 import argparse
 import csv
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -35,26 +38,26 @@ def command(out, data, steps):
 
 
 def outcome(out):
-    """What must not depend on how a run went: every tensor of its last checkpoint, and the losses of its log."""
+    """What must not depend on how a run went: every tensor of its last checkpoint, and every row of its logs."""
     ckpt = load_checkpoint(out / "ckpt.pt")
     tensors = dict(ckpt["model"])
     for i, optimizer in enumerate(ckpt["optimizers"]):
         for index, state in optimizer["state"].items():
             tensors.update({f"optimizer {i}, {index}, {name}": value for name, value in state.items()})
     with open(out / "log.csv", newline="") as f:
-        losses = [(row["step"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(f)]
-    return tensors, losses
+        rows = [{**row, "tokens_per_second": ""} for row in csv.DictReader(f)]
+    return tensors, rows + (out / "scales.csv").read_text().splitlines()
 
 
 def same(a, b):
     return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
 
-def attempt(args, out, moment, rng):
+def attempt(args, out, moment, rng, env):
     """Run args and kill it at the moment. Returns ('killed', whether it was writing) or ('ended', False)."""
     tmp, log = out / "ckpt.pt.tmp", out / "log.csv"
     seen = log.stat().st_mtime_ns if log.exists() else 0
-    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
     if moment == 0:
         wait_until = time.monotonic() + rng.uniform(0, 4)
         trigger = lambda: time.monotonic() > wait_until
@@ -76,15 +79,15 @@ def attempt(args, out, moment, rng):
     return "killed", tmp.exists()
 
 
-def torment(folder, kills, steps, seed=0, bar=None):
+def torment(folder, kills, steps, seed=0, bar=None, threads=1):
     """Spend `kills` kills on runs in folder. Returns a dict of what was done. Raises AssertionError on any difference."""
-    folder, rng = Path(folder), random.Random(seed)
+    folder, rng, env = Path(folder), random.Random(seed), dict(os.environ, OMP_NUM_THREADS=str(threads))
     data = folder / "data"
     data.mkdir(parents=True)
     for split in ("train", "val"):
         with BinWriter(data / f"{split}.bin") as out:
             out.write(np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint16))
-    subprocess.run(command(folder / "undisturbed", data, steps), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(folder / "undisturbed", data, steps), check=True, stdout=subprocess.DEVNULL, env=env)
     expected = outcome(folder / "undisturbed")
     done = {"kills": 0, "while writing": 0, "before the first checkpoint": 0, "runs compared": 0}
     while done["kills"] < kills or not done["runs compared"]:
@@ -93,9 +96,9 @@ def torment(folder, kills, steps, seed=0, bar=None):
             resume = ["--resume=True"] if (out / "ckpt.pt").exists() else []
             args = command(out, data, steps) + resume
             if done["kills"] < kills:
-                how, writing = attempt(args, out, done["kills"] % 3, rng)
+                how, writing = attempt(args, out, done["kills"] % 3, rng, env)
             else:
-                subprocess.run(args, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(args, check=True, stdout=subprocess.DEVNULL, env=env)
                 how = "ended"
             if how == "ended":
                 break
@@ -115,7 +118,11 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=400, help="of a run; default: 400")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of a run")
+    parser.add_argument("--load", type=int, default=0, help="processes that do nothing but take time from it")
     a = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=a.kills, unit="kill") as bar:
-        done = torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=a.kills, unit="kill") as bar, ExitStack() as load:
+        for _ in range(a.load):
+            load.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
+        done = torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar, a.threads)
     print(", ".join(f"{what}: {count}" for what, count in done.items()))

@@ -52,7 +52,7 @@ def test_an_interval_holds_the_ratio_as_often_as_it_says():
 
 
 def test_share_is_of_the_ceiling_of_the_same_round():
-    # 10 in 2 s are 5 a second, of a ceiling of 100 in 5 s, 20 a second: 25%; a round in which both are slower is no other
+    # 10 in 2 s are 5 a second, of a ceiling of 100 in 5 s, 20 a second: 25%; one in which both are slower is no other
     assert bench.share(10, [2.0, 20.0, 2.0], 100, [5.0, 50.0, 5.0]) == "25"
     assert bench.share(10, [2.0, 1.0, 1.0], 100, [5.0, 5.0, 5.0]) == "50"  # the median
 

@@ -43,7 +43,12 @@ def equal(a, b):
 def stop_at(monkeypatch, step, sig=signal.SIGTERM):
     """Let a signal arrive while step + 1 is being computed."""
     real = train.lr_at
-    monkeypatch.setattr(train, "lr_at", lambda i, *a: (os.kill(os.getpid(), sig) if i == step else None, real(i, *a))[1])
+
+    def lr_at(i, *args):
+        if i == step:
+            os.kill(os.getpid(), sig)
+        return real(i, *args)
+    monkeypatch.setattr(train, "lr_at", lr_at)
 
 
 # what a run leaves and prints
@@ -88,7 +93,8 @@ def test_scales_csv_holds_every_effective_gamma(settings, reparam):
 
 # the same numbers, however a run goes
 
-@pytest.mark.parametrize("kw", [dict(), UNIFIED, dict(**FREE, decay_direction=True), dict(**FREE, attn_placement="dual_norm"),
+@pytest.mark.parametrize("kw", [dict(), UNIFIED, dict(**FREE, decay_direction=True),
+                                dict(**FREE, attn_placement="dual_norm"),
                                 dict(optimizer="muon", schedule="wsd", arch="gemma")], ids=str)
 def test_twice_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(settings, tmp_path, monkeypatch, kw):
     reference = settings(**kw)

@@ -1,4 +1,4 @@
-# The size at which the suites of ablate.py run: 270,816 parameters, 20 tokens for each, in some three minutes on a core.
+# The size at which the suites of ablate.py run: 270,816 parameters, 20 tokens for each, some three minutes on a core.
 # All values are ours.
 n_layer, n_head, n_embd = 2, 3, 96
 vocab_size, block_size = 256, 128

@@ -1,5 +1,5 @@
 """
-Where runs start from: the rms of what the first block's sublayers add to the residual stream, beside the embeddings they
+Where runs start from: the rms of what the first block's sublayers add to the residual stream, beside the embeddings
 are added to, at three widths, under both initialisations, with and without DNP's norms.
 
     python results/start/measure.py        writes results.csv and results.md beside it
