@@ -22,16 +22,15 @@ In a mixture of experts the router's γ goes into the router, and each expert is
 Knows model.py, settings.py, runs.py and configurator.py. sample.py, export.py, bench.py and train.py take from here.
 """
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import torch
 
-from configurator import ConfigError, check
+from configurator import ConfigError, check, open_file, read_json
 from model import GPT
-from runs import load_checkpoint
+from runs import check_settings, load_checkpoint
 from settings import GPTConfig, Settings, gpt_config
 
 NORMED = ("norm", "dual_norm")  # placements that put a norm after the linear map
@@ -200,7 +199,8 @@ HF_MORE = {
     "nanoscale": {
         "attn.q_scale": "self_attn.q_norm", "attn.k_scale": "self_attn.k_norm", "ffn.gate_scale": "mlp.gate_norm",
         "attn_post": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
-        "ffn_post": "post_feedforward_layernorm", "ffn.router": "mlp.gate", "ffn.bias": "mlp.gate.e_score_correction_bias",
+        "ffn_post": "post_feedforward_layernorm", "ffn.router": "mlp.gate",
+        "ffn.bias": "mlp.gate.e_score_correction_bias",
         **{f"ffn.{ours}.{c}": f"mlp.{theirs}.{c}_proj" for c in ("gate", "up", "down")
            for ours, theirs in (("experts", "experts.{e}"), ("shared", "shared_experts"))},
         "ffn.experts.gate_scale": "mlp.experts.{e}.gate_norm", "ffn.shared.gate_scale": "mlp.shared_experts.gate_norm"}}
@@ -280,40 +280,43 @@ def hf_tensors(kind, config, tensors):
 # What a config.json may say without a word about the function, and what it may say in one way only: our models'.
 HF_SILENT = {
     "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
-    "nanoscale_tokenizer", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "use_cache",
-    "initializer_range", "attention_dropout", "pretraining_tp", "output_router_logits", "router_aux_loss_coef",
-    "router_jitter_noise", "experts_implementation", "id2label", "label2id", "is_llama_config", "transformers.js_config"}
-HF_FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,),
-            "partial_rotary_factor": (1, None), "rope_interleaved": (False,), "quantization_config": (None,)}
-HF_DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False}  # of all these classes
-HF_LLAMAS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}  # and Llama's own
+    "nanoscale_tokenizer", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+    "use_cache", "initializer_range", "attention_dropout", "pretraining_tp", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "experts_implementation", "id2label", "label2id", "is_llama_config",
+    "transformers.js_config"}
+HF_FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+            "sliding_window": (None,), "partial_rotary_factor": (1, None), "rope_interleaved": (False,),
+            "quantization_config": (None,)}
+HF_DEFAULTS = {"head_dim": None, "tie_word_embeddings": False}  # of all these classes
+# and Llama's own; of other classes it has to be said: Mixtral's num_key_value_heads are 8
+HF_LLAMAS = {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 
 
-def from_hf(there):
+def from_hf(config):
     """
     GPTConfig for a Hugging Face config.json, a dict. Raises ConfigError for what a GPT cannot represent, and for what
-    it does not know: transformers may compute anything there.
+    it does not know: transformers may compute anything then.
     """
-    kind = there["model_type"]
+    kind = config["model_type"]
     if kind not in HF_MORE:
         raise ConfigError(f"model_type is {kind!r}; nanoScale reads {', '.join(HF_MORE)}")
     names = hf_settings(kind)
     known = {*names.values(), *HF_SILENT, *HF_FIXED, "rope_parameters", "rope_scaling"}
-    for name, value in there.items():
+    for name, value in config.items():
         if name not in known:
             raise ConfigError(f"nanoScale does not know what {name} {value!r} does; if it is nothing, delete the line")
         if name in HF_FIXED and value not in HF_FIXED[name]:
-            raise ConfigError(f"its {name} is {value!r}, and nanoScale's models compute what {HF_FIXED[name][0]!r} does")
-    said = {**HF_DEFAULTS, **(HF_LLAMAS if kind == "llama" else {}), **there, **hf_rope(there)}
+            raise ConfigError(f"its {name} is {value!r}, and nanoScale's models do what {HF_FIXED[name][0]!r} does")
+    said = {**HF_DEFAULTS, **(HF_LLAMAS if kind == "llama" else {}), **config, **hf_rope(config)}
     return GPTConfig(**{ours: check(theirs, said[theirs], TYPES[ours]) for ours, theirs in names.items()
                         if said[theirs] is not None or theirs not in ("num_key_value_heads", "head_dim")})
 
 
-def hf_rope(there):
-    """{"rope_theta": …} of a config.json that says it anywhere. Raises ConfigError for other kinds of RoPE than ours."""
-    bases = {there["rope_theta"]} if "rope_theta" in there else set()
+def hf_rope(config):
+    """{"rope_theta": …} of a config.json that says it anywhere. Raises ConfigError for other kinds of RoPE."""
+    bases = {config["rope_theta"]} if "rope_theta" in config else set()
     for name in ("rope_parameters", "rope_scaling"):  # transformers 5's and 4's
-        rope = there.get(name) or {}
+        rope = config.get(name) or {}
         for key, value in rope.items():
             plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": value}
             if key not in plain or value != plain[key]:
@@ -328,18 +331,6 @@ def hf_rope(there):
 # folders
 
 
-def read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent}: there is no {path.name}: neither an exported model nor a run") from None
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read: {e}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a model's: it holds no JSON object")
-    return content
-
-
 def read_config(folder):
     """
     (GPTConfig, tokenizer) of a folder that export.py wrote, or of a Hugging Face Llama or Mixtral; tokenizer is
@@ -347,14 +338,16 @@ def read_config(folder):
     cannot represent.
     """
     path = Path(folder) / "config.json"
-    there = read_json(path)
+    if not path.exists():
+        raise ConfigError(f"{folder}: there is no config.json: neither an exported model nor a run")
+    said = read_json(path)
     try:
-        if there.get("format") == "nanoscale":
-            settings = {name: check(name, value, TYPES[name]) for name, value in there["settings"].items()}
-            return GPTConfig(**settings), there["tokenizer"]
-        if "model_type" not in there:
+        if said.get("format") == "nanoscale":
+            settings = {name: check(name, value, TYPES[name]) for name, value in said["settings"].items()}
+            return GPTConfig(**settings), said["tokenizer"]
+        if "model_type" not in said:
             raise ConfigError("it is neither an exported model's nor a Hugging Face model's")
-        return from_hf(there), there.get("nanoscale_tokenizer")
+        return from_hf(said), said.get("nanoscale_tokenizer")
     except KeyError as e:
         raise ConfigError(f"{path}: {e.args[0]!r} is missing") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:  # a ConfigError is a ValueError
@@ -362,34 +355,49 @@ def read_config(folder):
 
 
 def read_tensors(folder):
-    """The tensors of such a folder, in fp32 and by our names. Raises ConfigError."""
+    """
+    The tensors of such a folder, in fp32 and by our names. Raises ConfigError, also where config.json asks for much
+    more than they are, so that a model can be made for them.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    files = sorted({*read_json(index).get("weight_map", {}).values()}) if index.exists() else ["model.safetensors"]
+    files = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(files, dict) or not all(type(name) is str and Path(name).name == name for name in files.values()):
+        raise ConfigError(f"{index}: its weight_map names something else than files beside it")
     tensors = {}
-    for name in files:
+    for name in sorted({*files.values()}):
+        if not (folder / name).exists():
+            raise ConfigError(f"there is no {name}; only weights in safetensors are read")
+        open_file(folder / name).close()
         try:
             tensors.update(load_file(folder / name))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no {name}; only weights in safetensors are read") from None
         except (SafetensorError, OSError) as e:
             raise ConfigError(f"{folder / name} is cut off or damaged: {e}") from None
     for name, x in tensors.items():
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ConfigError(f"{name} is {x.dtype}: quantised weights are not read")
-    there = read_json(folder / "config.json")
-    if there.get("format") != "nanoscale":
-        tensors = rename_from_hf(tensors, there)
+    said, (config, _) = read_json(folder / "config.json"), read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+        wanted = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
+    except RuntimeError:  # more than 2⁶³
+        wanted = 2**63
+    found = sum(x.numel() for x in tensors.values())
+    if wanted > 2 * found + 2**28:  # 1 GB for RoPE's tables, and whatever may be tied
+        raise ConfigError(f"config.json asks for {wanted:,} numbers, and the weights are {found:,}")
+    if said.get("format") != "nanoscale":
+        tensors = rename_from_hf(tensors, said["model_type"], config)
     return {name: x.float() for name, x in tensors.items()}
 
 
-def rename_from_hf(tensors, there):
+def rename_from_hf(tensors, kind, config):
     """Our names for a Hugging Face folder's tensors. Raises ConfigError."""
-    config, left, ours = from_hf(there), dict(tensors), {}
-    for name, theirs in hf_names(there["model_type"], config.n_layer).items():
+    left, ours = dict(tensors), {}
+    for name, theirs in hf_names(kind, config.n_layer).items():
         each = [theirs.format(e=e) for e in range(config.n_experts)] if "{e}" in theirs else [theirs]
         found = [left.pop(x).float() for x in each if x in left]
         if found and (len(found) < len(each) or len({x.shape for x in found}) > 1):
@@ -418,9 +426,10 @@ def open_model(path):
         raise ConfigError(f"{path}: there is no such folder")
     if not (path / "ckpt.pt").exists():
         config, tokenizer = read_config(path)
-        model = GPT(config)
         try:
-            load(model, read_tensors(path))
+            tensors = read_tensors(path)
+            model = GPT(config)
+            load(model, tensors)
         except ConfigError as e:
             raise ConfigError(f"{path}: {e}") from None
         return model, tokenizer
@@ -452,8 +461,8 @@ def adopt(s):
     """
     run = Path(s.out_dir) / "config.json"
     if s.resume and run.exists():
-        there = read_json(run).get("settings", {})
-        take_shape(s, {name: there[name] for name in (*SHAPE, "qkv_norm") if name in there}, run)
+        saved = check_settings(read_json(run).get("settings"), run)
+        take_shape(s, {name: saved[name] for name in (*SHAPE, "qkv_norm") if name in saved}, run)
         return None, ""
     source, tokenizer = read_config(s.init_from)
     attn, ffn = (s.placement if place == "same" else place for place in (s.attn_placement, s.ffn_placement))

@@ -21,7 +21,7 @@ class GPTConfig:
 
     # the model
     arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
-    n_layer: Count = 4  # blocks
+    n_layer: Annotated[int, 1, 10000] = 4  # blocks
     n_head: Count = 4  # attention heads
     n_kv_head: Whole = 0  # heads of k and v (GQA); 0 is n_head
     d_head: Whole = 0  # channels of a head; 0 is n_embd / n_head
@@ -45,7 +45,7 @@ class GPTConfig:
     reparam: Literal[FORMS] = "direct"  # how γ is parameterised: ScaleVector has the formulas
     final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head [R]
     # mixture of experts
-    n_experts: Whole = 0  # SwiGLU experts in place of each FFN; 0 is a dense model
+    n_experts: Annotated[int, 0, 65536] = 0  # SwiGLU experts in place of each FFN; 0 is a dense model
     experts_per_token: Count = 2  # experts that a token goes through
     n_shared_experts: Whole = 0  # experts that every token goes through, on top of those
     expert_dim: Whole = 0  # width of an expert; 0 gives the FLOPs of a dense FFN of ffn_dim

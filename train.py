@@ -90,13 +90,14 @@ def open_data(s, rank, distributed):
 
 def make_model(s, config, device, distributed):
     """(GPT on the device, its optimizers), at their start or at --init_from's weights. Raises ConfigError."""
-    torch.manual_seed(s.seed)
-    model = GPT(config)  # drawn on the CPU, so that every device starts from the same weights
-    if s.init_from and not s.resume:
-        try:
-            load(model, read_tensors(s.init_from))
-        except ConfigError as e:
-            raise ConfigError(f"init_from {s.init_from}: {e}") from None
+    try:
+        tensors = read_tensors(s.init_from) if s.init_from and not s.resume else {}
+        torch.manual_seed(s.seed)
+        model = GPT(config)  # drawn on the CPU, so that every device starts from the same weights
+        if tensors:
+            load(model, tensors)
+    except ConfigError as e:
+        raise ConfigError(f"init_from {s.init_from}: {e}") from None
     model.to(device)
     groups = param_groups(model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult, s.decay_direction)
     return model, make_optimizers(groups, s.optimizer, (s.beta1, s.beta2), shard=s.shard_optimizer and distributed)

@@ -2,7 +2,7 @@
 Kill a run with SIGKILL again and again, resume it each time, and compare its end with a run that nobody disturbed:
 
     python tests/faults.py --kills 100
-    python tests/faults.py --kills 100 --threads 2 --load 2 --steps 60
+    python tests/faults.py --kills 100 --threads 2 --load 2 --steps 60 --each 6
 
 A run that reaches its end is compared bit for bit and another one begins, until all kills are spent. A kill falls
 at one of three moments, in turn: at any time since the process started, at any time while it trains, and as soon as
@@ -79,7 +79,7 @@ def attempt(args, out, moment, rng, env):
     return "killed", tmp.exists()
 
 
-def torment(folder, kills, steps, seed=0, bar=None, threads=1):
+def torment(folder, kills, steps, seed=0, bar=None, threads=1, each=None):
     """Spend `kills` kills on runs in folder. Returns a dict of what was done. Raises AssertionError on any difference."""
     folder, rng, env = Path(folder), random.Random(seed), dict(os.environ, OMP_NUM_THREADS=str(threads))
     data = folder / "data"
@@ -91,11 +91,11 @@ def torment(folder, kills, steps, seed=0, bar=None, threads=1):
     expected = outcome(folder / "undisturbed")
     done = {"kills": 0, "while writing": 0, "before the first checkpoint": 0, "runs compared": 0}
     while done["kills"] < kills or not done["runs compared"]:
-        out = folder / f"run{done['runs compared']}"
+        out, spare = folder / f"run{done['runs compared']}", done["kills"] + (each or kills)
         while True:
             resume = ["--resume=True"] if (out / "ckpt.pt").exists() else []
             args = command(out, data, steps) + resume
-            if done["kills"] < kills:
+            if done["kills"] < min(kills, spare):
                 how, writing = attempt(args, out, done["kills"] % 3, rng, env)
             else:
                 subprocess.run(args, check=True, stdout=subprocess.DEVNULL, env=env)
@@ -118,11 +118,12 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=400, help="of a run; default: 400")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", type=int, help="kills of one run at most, so that more runs are compared")
     parser.add_argument("--threads", type=int, default=1, help="of a run")
     parser.add_argument("--load", type=int, default=0, help="processes that do nothing but take time from it")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, tqdm(total=a.kills, unit="kill") as bar, ExitStack() as load:
         for _ in range(a.load):
             load.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
-        done = torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar, a.threads)
+        done = torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar, a.threads, a.each)
     print(", ".join(f"{what}: {count}" for what, count in done.items()))

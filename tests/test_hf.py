@@ -1,6 +1,7 @@
 """Hugging Face's Llama on disk, in: the same loss and gradients, every strategy from the same function, refusals."""
 
 import json
+import os
 from random import Random
 
 import pytest
@@ -52,8 +53,9 @@ def from_folder(folder, *flags):
     settings, _ = configure(Settings, [f"--init_from={folder}", *flags])
     adopt(settings)
     settings.block_size = 128
+    tensors = read_tensors(folder)  # first, as train.py does: a model that they do not fit may take all memory
     model = GPT(gpt_config(settings))
-    load(model, read_tensors(folder))
+    load(model, tensors)
     return model
 
 
@@ -161,6 +163,10 @@ REFUSED = [
     (dict(intermediate_size=50), "has shape"),
     (dict(num_hidden_layers=1), "nanoScale's models have no model.layers.1"),
     (dict(num_hidden_layers=3), "there is no tensor blocks.2"),
+    (dict(num_hidden_layers=10**9), "num_hidden_layers must be between 1 and 10000"),
+    (dict(hidden_size=2**40), "config.json asks for"), (dict(hidden_size=2**62), "config.json asks for"),
+    (dict(max_position_embeddings=10**12), "config.json asks for"), (dict(vocab_size=2**40), "config.json asks for"),
+    (dict(intermediate_size=2**40), "config.json asks for"), (dict(head_dim=2**40), "config.json asks for"),
 ]
 
 
@@ -172,6 +178,32 @@ def test_what_cannot_be_represented_is_refused_in_one_line(change, message, tran
     with pytest.raises(ConfigError, match=message) as e:
         from_folder(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("names,message", [
+    ({"x": 5}, "its weight_map names"), ([], "its weight_map names"), ({"x": "../model.safetensors"}, "its weight_map names"),
+    ({"x": "/etc/passwd"}, "its weight_map names"), ({"x": "none.safetensors"}, "there is no none.safetensors"),
+    ({"x": "pipe"}, "not a regular file"), (5, "its weight_map names"), (None, "its weight_map names")], ids=str)
+def test_an_index_names_regular_files_beside_it(names, message, transformers, tmp_path):
+    (tmp_path / "model").mkdir()
+    save_llama(transformers, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "model" / "pipe")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ConfigError, match=message) as e:
+        open_model(tmp_path / "model")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content", ["[" * 10**6, "[]", "5", "", "{", '{"format": "nanoscale", "settings": []}',
+                                     '{"format": "nanoscale", "settings": {"n_layer": "x"}, "tokenizer": "bytes"}',
+                                     '{"model_type": ["llama"]}', '{"model_type": "llama", "rope_scaling": 5}',
+                                     '{"format": "nanoscale"}'])
+def test_a_config_that_is_none_is_one_line(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError) as e:
+        read_config(tmp_path)
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value) and len(str(e.value)) < 400
 
 
 def test_a_missing_key_and_a_bias_tensor_are_refused(transformers, tmp_path):
@@ -265,6 +297,21 @@ def test_what_a_llama_leaves_unsaid_is_read_as_its_class_reads_it(change, transf
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert (logits(open_model(tmp_path)[0], IDS) - theirs(IDS).logits).abs().max() < 1e-5
+
+
+def test_what_a_mixtral_leaves_unsaid_is_refused(transformers, tmp_path):
+    """Its class has numbers of its own, such as 8 heads of k and v where a Llama without a word has n_head."""
+    config = transformers.MixtralConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_local_experts=2, max_position_embeddings=128, num_key_value_heads=4).to_dict()
+    path = tmp_path / "config.json"
+    for name in ("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
+                 "rms_norm_eps"):
+        path.write_text(json.dumps({key: value for key, value in config.items() if key != name}))
+        with pytest.raises(ConfigError, match=f"'{name}' is missing"):
+            read_config(tmp_path)
+    path.write_text(json.dumps(config))
+    assert read_config(tmp_path)[0].n_kv_head == 4
 
 
 def test_heads_are_tied_by_the_config_and_the_file_alike(transformers, tmp_path):
