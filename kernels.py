@@ -45,6 +45,7 @@ except ImportError:  # as on a Mac: the kernels are not compiled and the twins d
 
 # Triton can run its kernels in Python, which is how a machine without a GPU tests them. It reads this as @jit runs.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+ROCM = torch.version.hip is not None  # AMD's GPUs, which torch calls cuda too
 _backend = "auto"
 
 
@@ -110,10 +111,12 @@ def _tile(n, per_thread):
 
     Columns are a power of two, which Triton asks for. Narrow rows come several at a time, so that each of 128 threads
     has two or more 16-byte loads to wait for at once; for wide ones there are more threads. Per thread it's 32 numbers
-    where registers allow it, and 16 where a kernel holds several inputs and sums for each.
+    where registers allow it, and 16 where a kernel holds several inputs and sums for each. A program has at most 1024
+    threads: 32 warps, but 16 on AMD, where a warp may have 64.
     """
     columns = max(16, triton.next_power_of_2(n))
-    return max(1, 128 * per_thread // columns), columns, max(4, columns // (32 * per_thread))
+    warps = min(max(4, columns // (32 * per_thread)), 16 if ROCM else 32)
+    return max(1, 128 * per_thread // columns), columns, warps
 
 
 def _programs(tiles, warps, device):
@@ -869,9 +872,10 @@ def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool,
     tiles = triton.cdiv(y.size(0), tile)
     programs = tiles if gamma is None else _programs(tiles, warps, y.device)
     dgamma = None if gamma is None else gamma.new_empty(programs, m)
+    limit = {"maxnreg": 128} if warps <= 16 and not ROCM else {}  # Triton refuses the word where it does not know it
     _launch(_swiglu_backward_kernel, (programs, across), dh, y, _padded(gamma, m), dy, dgamma, y.size(0),
             triton.cdiv(tiles, max(1, programs)), eps, DH_STRIDE=dh.stride(0), Y_STRIDE=y.stride(0), N=n, M=m,
-            NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps, maxnreg=128 if warps <= 16 else None)
+            NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps, **limit)
     return dy, y.new_empty(0) if gamma is None else dgamma[:, :n].sum(0)
 
 
