@@ -2,7 +2,7 @@
 kernels.py compiled for GPUs that are not there: every launch of a training step, by the path that Triton's JIT takes
 before it launches, its check of keywords included.
 
-    python tests/targets.py          prints as JSON: {target: [[kernel, error, shared bytes, threads, PTX], ...]}
+    python tests/targets.py [75 gfx942 ...]    prints {target: [[kernel, error, shared bytes, threads, PTX], ...]}
 
 The PTX is Hopper's alone, of the launches at widths of a model of 1B. TRITON_INTERPRET must not be set, so tests run
 this in a process of its own.
@@ -94,25 +94,33 @@ def widest(dtype):
 
 
 def record():
-    """Fill `launches`, which forked processes read: on ROCm or not, by dtype."""
+    """Fill `launches`, which forked processes read: on ROCm or not, of which kind."""
     for rocm in (False, True):
         for dtype in DTYPES:
             launches[rocm, dtype] = recorded(rocm, every_strategy, dtype) + recorded(rocm, widest, dtype)
+            launches[rocm, dtype, "one"] = recorded(rocm, step, dtype, "gemma_unified")  # which has all kernels
         launches[rocm, "wide"] = recorded(rocm, wide)
 
 
 def compiled(name):
-    """[kernel, error, shared bytes, threads, PTX] of each distinct launch on the target of this name."""
+    """
+    [kernel, error, shared bytes, threads, PTX] of each distinct launch on the target of this name: of every strategy in
+    the dtype that auto takes, of one strategy in the others. sm_75 has no bf16 units.
+    """
     target, rows = target_of(name), {}
+    for kernel in {kernel.__name__: kernel for part in launches.values() for kernel, *_ in part}.values():
+        kernel.device_caches.clear()  # of this process's last target, which the JIT takes for the same GPU
     triton.runtime.driver.set_active(SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0))
-    parts = ["float32", "float16"] if name == "75" else [*DTYPES, "wide"]  # sm_75 has no bf16 units
-    for part in parts:
-        for kernel, args, constants in launches[name.startswith("gfx"), part]:
+    old, rocm = name == "75", name.startswith("gfx")
+    auto, *others = ("float32", "float16") if old else ("bfloat16", "float32", "float16")
+    for part in [(auto,), *((dtype, "one") for dtype in others)] + [("wide",)] * (not old):
+        for kernel, args, constants in launches[rocm, *part]:
             try:
                 made = kernel.warmup(*args, grid=(1,), **constants)
+                assert made.metadata.target == target
                 threads = made.metadata.num_warps * target.warp_size
-                ptx = made.asm["ptx"] if (name, part) == ("90", "wide") else None
+                ptx = made.asm["ptx"] if (name, part) == ("90", ("wide",)) else None
                 rows[id(made)] = kernel.__name__, None, made.metadata.shared, threads, ptx
             except Exception as e:  # whatever it is: the next may compile
                 rows[len(rows)] = kernel.__name__, f"{type(e).__name__}: {e}"[-300:], 0, 0, None
@@ -123,5 +131,6 @@ if __name__ == "__main__":
     kernels._use_triton = lambda x: x.dtype != torch.float64
     kernels._processors = lambda device: 1  # programs then have several steps each, as in a large batch
     record()
+    names = sys.argv[1:] or list(SHARED)
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
-        print(json.dumps(dict(zip(SHARED, pool.map(compiled, SHARED)))))
+        print(json.dumps(dict(zip(names, pool.map(compiled, names)))))
