@@ -10,10 +10,13 @@ this in a process of its own.
 
 import json
 import os
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
@@ -112,16 +115,23 @@ def compiled(name):
         kernel.device_caches.clear()  # of this process's last target, which the JIT takes for the same GPU
     triton.runtime.driver.set_active(SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0))
+    said = open(Path(os.environ["TRITON_CACHE_DIR"], f"{name}.txt"), "w+")
+    os.dup2(said.fileno(), 2)
     old, rocm = name == "75", name.startswith("gfx")
     auto, *others = ("float32", "float16") if old else ("bfloat16", "float32", "float16")
     for part in [(auto,), *((dtype, "one") for dtype in others)] + [("wide",)] * (not old):
         for kernel, args, constants in launches[rocm, *part]:
+            print(f"{name} {kernel.__name__}", file=said, flush=True)
+            at = said.tell()
             try:
                 made = kernel.warmup(*args, grid=(1,), **constants)
                 assert made.metadata.target == target
                 threads = made.metadata.num_warps * target.warp_size
                 ptx = made.asm["ptx"] if (name, part) == ("90", ("wide",)) else None
-                rows[id(made)] = kernel.__name__, None, made.metadata.shared, threads, ptx
+                said.seek(at)
+                error = re.search("error:.*", said.read())  # of AMD's assembler, say: Triton goes on all the same
+                if error or id(made) not in rows or ptx:
+                    rows[id(made)] = kernel.__name__, error and error[0], made.metadata.shared, threads, ptx
             except Exception as e:  # whatever it is: the next may compile
                 rows[len(rows)] = kernel.__name__, f"{type(e).__name__}: {e}"[-300:], 0, 0, None
     return list(rows.values())
@@ -132,5 +142,10 @@ if __name__ == "__main__":
     kernels._processors = lambda device: 1  # programs then have several steps each, as in a large batch
     record()
     names = sys.argv[1:] or list(SHARED)
-    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
-        print(json.dumps(dict(zip(names, pool.map(compiled, names)))))
+    with TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder  # in its usual one, what went wrong would be found, and nothing said
+        try:
+            with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+                print(json.dumps(dict(zip(names, pool.map(compiled, names)))))
+        except BrokenProcessPool:  # LLVM may end the process
+            sys.exit("\n".join(path.read_text()[-500:] for path in Path(folder).glob("*.txt")))
