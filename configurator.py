@@ -224,7 +224,7 @@ def unheard():
     """Send to nowhere what is still printed, once nobody reads it: the pipe is closed, or the terminal has gone."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            print(end="\r", file=stream, flush=True)  # under PYTHONUNBUFFERED a flush writes nothing, and finds nothing
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

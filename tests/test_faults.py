@@ -1,4 +1,4 @@
-"""Killed, starved of disk, fed with damaged files: a run loses nothing and says one line."""
+"""Killed, starved of disk, left by its reader, fed with damaged files: a run loses nothing and says one line."""
 
 import os
 import pickle
@@ -113,3 +113,30 @@ def test_a_checkpoint_cannot_run_anything(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="not ours"):
             load_checkpoint(tmp_path / name)
     assert snapshot(tmp_path) == before and not (tmp_path / "ran").exists()
+
+
+# nobody reads any more
+
+LONG = ["--max_steps=1000000", "--save_interval=1000000", "--eval_interval=10"]
+
+
+@pytest.mark.parametrize("terminal, unbuffered", [(False, ""), (False, "1"), (True, "1")])
+def test_a_reader_that_goes_away_stops_a_run_as_a_signal_does(corpus, tmp_path, terminal, unbuffered):
+    """`| head -1`, and a terminal that is lost without a SIGHUP."""
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    run = subprocess.Popen(faults.command(tmp_path / "run", corpus, 1) + LONG, stdout=theirs, start_new_session=True,
+                           stderr=theirs if terminal else subprocess.PIPE, text=True,
+                           env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    os.close(theirs)
+    assert os.read(ours, 1)
+    os.close(ours)
+    error = run.communicate(timeout=300)[1]
+    assert run.returncode == 128 + 13 and not (error or "").strip()
+    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] >= 1
+
+
+@pytest.mark.parametrize("how", [">&- 2>&-", "<&- >&-"])
+def test_a_stream_that_is_closed_from_the_start_is_no_reason_to_stop(corpus, tmp_path, how):
+    command = faults.command(tmp_path / "run", corpus, 5)
+    assert subprocess.run(["bash", "-c", f'exec "$@" {how}', "bash", *command]).returncode == 0
+    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 5
