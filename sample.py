@@ -11,6 +11,7 @@ The model sees block_size tokens at most. When they are full, the older half is 
 
 import argparse
 import codecs
+import os
 import sys
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from configurator import ConfigError, refuse
 
 def arguments(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="the folder of a run, with its ckpt.pt, or of a model in either format")
+    parser.add_argument("model", type=os.path.expanduser,
+                        help="the folder of a run, with its ckpt.pt, or of a model in either format")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="what to continue; default: the start of a document")
-    prompt.add_argument("--prompt_file", help="a UTF-8 file with what to continue")
+    prompt.add_argument("--prompt_file", type=os.path.expanduser, help="a UTF-8 file with what to continue")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token; default: 0.8")
@@ -30,8 +32,11 @@ def arguments(args=None):
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
     parsed = parser.parse_args(args)
-    if min(parsed.top_k, parsed.max_new_tokens, parsed.num_samples) < 1 or not 0 <= parsed.temperature < float("inf"):
-        parser.error("top_k, max_new_tokens and num_samples must be at least 1 and temperature at least 0")
+    # fp16's logits, divided by less, are infinite; torch's generator takes 64 bits
+    if (min(parsed.top_k, parsed.max_new_tokens, parsed.num_samples) < 1
+            or parsed.temperature != 0 and not 0.01 <= parsed.temperature < float("inf") or abs(parsed.seed) >= 2**63):
+        parser.error("top_k, max_new_tokens and num_samples must be at least 1, temperature 0 or at least 0.01, and "
+                     "seed below 2**63")
     return parsed
 
 

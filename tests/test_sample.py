@@ -139,8 +139,16 @@ def test_wrong_usage_is_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
     with pytest.raises(SystemExit):
         sample.arguments(["x", "--prompt", "a", "--prompt_file", "b"])
-    with pytest.raises(SystemExit):
-        sample.arguments(["x", "--num_samples", "0"])
+    for flag, value in [("num_samples", 0), ("temperature", 1e-45), ("temperature", "nan"), ("seed", 10**20)]:
+        with pytest.raises(SystemExit):
+            sample.arguments(["x", f"--{flag}={value}"])
+    sample.arguments(["x", "--temperature=0", f"--seed={2**63 - 1}"])
+
+
+def test_home_is_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = sample.arguments(["~/run", "--prompt_file=~/prompt"])
+    assert (args.model, args.prompt_file) == (f"{tmp_path}/run", f"{tmp_path}/prompt")
 
 
 # ---------------------------------------------------------------------------------------------------------------
