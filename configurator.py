@@ -81,6 +81,8 @@ def read_file(path, hints):
 
     Raises ConfigError for a file that is not there, cannot run, or sets what is not a setting.
     """
+    if os.path.exists(path):
+        open_file(path).close()  # or says why it is not to be read
     try:
         with open(path, encoding="utf-8") as f:
             code = compile(f.read(), path, "exec")

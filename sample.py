@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from configurator import ConfigError, refuse
+from configurator import ConfigError, open_file, refuse
 
 
 def arguments(args=None):
@@ -44,9 +44,9 @@ def read_prompt(args):
     if args.prompt_file is None:
         return args.prompt
     try:
-        with open(args.prompt_file, encoding="utf-8", newline="") as f:
-            return f.read()
-    except (OSError, UnicodeDecodeError) as e:
+        with open_file(args.prompt_file) as f:
+            return f.read().decode("utf-8")
+    except (ConfigError, OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"prompt_file {args.prompt_file} cannot be read: {e}") from None
 
 

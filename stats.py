@@ -1,26 +1,36 @@
 """
-The tables and the statistics that ablate.py, bench.py and plot.py share. Knows none of the other files.
+The tables and the statistics that ablate.py, bench.py and plot.py share. Knows configurator.py alone.
 """
 
 import csv
+import io
 import math
+import os
 import statistics
 from collections import defaultdict
 
 import numpy as np
 from scipy.special import nctdtrinc, stdtr, stdtrit
 
+from configurator import ConfigError, open_file
+
 LEVEL = 0.05  # how often a suite in which nothing differs may call something a difference
 POWER = 0.8  # how often the effect that `sees` names would be called one
 
 
 def read_csv(path):
-    """Rows of a CSV as dicts, without one that a kill cut in the middle; [] where there is no file."""
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            return [row for row in csv.DictReader(f) if None not in row.values()]
-    except FileNotFoundError:
+    """
+    Rows of a CSV as dicts, without one that a kill cut in the middle; [] where there is no file. Raises ConfigError for
+    what is none.
+    """
+    if not os.path.exists(path):
         return []
+    with open_file(path) as f:
+        try:
+            rows = csv.DictReader(io.TextIOWrapper(f, encoding="utf-8", errors="replace", newline=""))
+            return [row for row in rows if None not in row.values()]
+        except csv.Error as e:
+            raise ConfigError(f"{path}: not a table ({e})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def test_wrong_usage_is_one_line(tmp_path):
     for args, message in [((tmp_path / "none",), "there is no such folder"),
                           ((tmp_path,), "neither an exported model nor a run"),
                           ((tmp_path / "run", "--prompt_file", tmp_path / "none"), "cannot be read"),
+                          ((tmp_path / "run", "--prompt_file", "/dev/zero"), "not a regular file"),
                           ((tmp_path / "run", "--device", "abacus"), "device must be")]:
         with pytest.raises(ConfigError, match=message) as e:
             sample.main(sample.arguments([str(arg) for arg in args]))

@@ -1,12 +1,14 @@
 """stats.py: what is called a difference, how often wrongly, and how small a one could have been seen."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
 import stats
+from configurator import ConfigError
 
 
 def rows(losses, reference="base", use="report", lr=1e-3, of=None):
@@ -151,3 +153,13 @@ def test_the_ratios_interval_holds_the_truth():
 def test_two_sizes_make_no_law():
     arms = {name: a for name, a in sized(np.random.default_rng(0), 2, 0.01).items() if name[-1] in "01"}
     assert stats.scaling_fits(arms) == {}
+
+
+def test_what_is_no_table_is_refused_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "long").write_text("step\n" + "9" * 200_000 + "\n")
+    (tmp_path / "cut").write_bytes("step,name\n1,γ\n2,γ".encode()[:-1])
+    for name, message in (("fifo", "not a regular file"), ("long", "not a table")):
+        with pytest.raises(ConfigError, match=f"{name}: {message}"):
+            stats.read_csv(tmp_path / name)
+    assert stats.read_csv(tmp_path / "cut")[0] == {"step": "1", "name": "γ"} and not stats.read_csv(tmp_path / "none")
