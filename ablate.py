@@ -38,7 +38,7 @@ from typing import get_type_hints
 
 import torch
 
-from configurator import ConfigError, Count, check, configure, help_text, read_json, refuse
+from configurator import ConfigError, Count, check, configure, help_text, read_json, refuse, streams
 from data.tokens import DataError, Tokens, data_folder, vocabulary
 from model import GPT
 from runs import code_hash, lock, replacing, write_whole
@@ -617,7 +617,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    streams()
     try:
         sys.exit(main(sys.argv[1:]))
     except (ConfigError, DataError) as e:

@@ -43,7 +43,7 @@ import kernels
 import model as model_module
 import moe
 import norms
-from configurator import ConfigError, configure, refuse
+from configurator import ConfigError, configure, refuse, streams
 from devices import device_name, pick_device
 from hf import fold, hf_config, hf_tensors, hf_type
 from optim import make_optimizers, param_groups
@@ -525,6 +525,7 @@ def main(args=None):
 
 
 if __name__ == "__main__":
+    streams()
     try:
         main()
     except ConfigError as e:

@@ -25,7 +25,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from configurator import ConfigError, refuse
+from configurator import ConfigError, refuse, streams
 from stats import mean_and_half_width, read_csv, scaling_fits, summarise
 
 # A card of its own: GitHub shows a picture on white and on near-black, and a transparent one is lost on either.
@@ -337,6 +337,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    streams()
     try:
         main(sys.argv[1:])
     except ConfigError as e:

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from configurator import ConfigError, open_file, refuse
+from configurator import ConfigError, open_file, refuse, streams
 
 
 def arguments(args=None):
@@ -122,6 +122,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    streams()
     parsed = arguments()
     from data.tokens import DataError
     try:

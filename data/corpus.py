@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import ConfigError, open_file
+from configurator import ConfigError, open_file, streams
 from data.tokens import UNFINISHED, BinWriter, DataError, GPT2Tokenizer, load_tokenizer, open_tokens, write_meta
 
 
@@ -142,6 +142,7 @@ def home(path):
 
 def command_line(prepare, parser):
     """Runs prepare with the command line's arguments; what the user can fix is one line on stderr and exit code 2."""
+    streams()
     arguments = vars(parser.parse_args())
     try:
         prepare(**arguments)
