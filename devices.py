@@ -53,8 +53,8 @@ def process_group(distributed, device, minutes):
     if not distributed or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
         yield
         dist.barrier()  # nobody leaves while another may still be in a collective
     except RuntimeError as e:
@@ -63,7 +63,8 @@ def process_group(distributed, device, minutes):
         raise ConnectionError(f"another process has ended, or stood still for {minutes:g} minutes (--dist_timeout): "
                               f"{str(e).splitlines()[0]}") from None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def compare_ranks(mine, rank, world):

@@ -1,9 +1,11 @@
 """Several processes compute what one does, from the same tokens; a rank that dies takes the job down."""
 
 import csv
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -123,7 +125,6 @@ def test_a_rank_that_dies_takes_the_job_down(settings, tmp_path):
 def test_two_nodes(settings, tmp_path):
     """As on two machines: two torchruns that meet at one address."""
     s = settings(out_dir=str(tmp_path / "nodes"))
-    import socket
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -136,3 +137,61 @@ def test_two_nodes(settings, tmp_path):
     main(one)
     a, b = losses(s.out_dir), losses(one.out_dir)
     assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) <= 1e-5
+
+
+HOOKED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / 'tests')!r})
+import worlds, train
+real = train.lr_at
+def lr_at(step, *a):
+    if step == 6 and os.environ['RANK'] == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+        os.kill(os.getpid(), signal.NAME)
+    return real(step, *a)
+train.lr_at = lr_at
+train.run(worlds.configure(train.Settings, sys.argv[1:])[0])
+"""
+
+
+def test_one_command_survives_a_restart(settings, tmp_path):
+    """torchrun starts all processes anew with the same line when one dies, before or after a checkpoint."""
+    (tmp_path / "dies.py").write_text(HOOKED.replace("NAME", "SIGKILL"))
+    s = settings(resume="auto")
+    run = subprocess.run([*TORCHRUN, "--standalone", "--max-restarts=3", "--nproc_per_node=2",
+                          str(tmp_path / "dies.py"), *flags(s)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert load_checkpoint(Path(s.out_dir) / "ckpt.pt")["step"] == 8
+    assert json.loads((Path(s.out_dir) / "config.json").read_text())["resumed"][0]["step"] == 4
+
+
+@pytest.fixture
+def start():
+    """A function that starts one of two processes as torchrun would, with a script and its arguments."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        world = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    started = []
+
+    def start(rank, *args):
+        env = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.PIPE, text=True, env=env))
+        return started[-1]
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_stands_still_ends_the_others_in_one_line(settings, tmp_path, start):
+    (tmp_path / "stands.py").write_text(HOOKED.replace("NAME", "SIGSTOP"))
+    first, _ = (start(rank, tmp_path / "stands.py", *flags(settings(dist_timeout=0.5))) for rank in range(2))
+    error = first.communicate(timeout=300)[1]
+    assert first.returncode == 1 and error.count("\n") == 1, error
+    assert "stood still for 0.5 minutes (--dist_timeout)" in error and "ckpt.pt is kept" in error
+
+
+def test_a_process_that_never_comes_is_one_line(settings, start):
+    alone = start(0, ROOT / "train.py", *flags(settings(dist_timeout=0.02)))
+    error = [line for line in alone.communicate(timeout=300)[1].splitlines() if not line.startswith("[")]  # torch's own
+    assert alone.returncode == 1 and len(error) == 1 and "stood still for 0.02 minutes" in error[0], error
