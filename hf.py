@@ -279,7 +279,7 @@ def hf_tensors(kind, config, tensors):
 
 # What a config.json may say without a word about the function, and what it may say in one way only: our models'.
 HF_SILENT = {
-    "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
     "nanoscale_tokenizer", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
     "use_cache", "initializer_range", "attention_dropout", "pretraining_tp", "output_router_logits",
     "router_aux_loss_coef", "router_jitter_noise", "experts_implementation", "id2label", "label2id", "is_llama_config",
@@ -287,9 +287,12 @@ HF_SILENT = {
 HF_FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
             "sliding_window": (None,), "partial_rotary_factor": (1, None), "rope_interleaved": (False,),
             "quantization_config": (None,)}
-HF_DEFAULTS = {"head_dim": None, "tie_word_embeddings": False}  # of all these classes
-# and Llama's own; of other classes it has to be said: Mixtral's num_key_value_heads are 8
-HF_LLAMAS = {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+# What a class takes where a config.json says nothing, if it goes by the shape or is the same in all versions. Mixtral's
+# 8 KV heads, its rope_theta and ε are asked for: by them a config of another origin may mean Llama's.
+HF_DEFAULTS = {
+    "llama": dict(num_key_value_heads=None, head_dim=None, tie_word_embeddings=False, max_position_embeddings=2048,
+                  rms_norm_eps=1e-6, rope_theta=10000.0),
+    "mixtral": dict(head_dim=None, tie_word_embeddings=False), "nanoscale": dict(tie_word_embeddings=False)}
 
 
 def from_hf(config):
@@ -298,18 +301,24 @@ def from_hf(config):
     it does not know: transformers may compute anything then.
     """
     kind = config["model_type"]
-    if kind not in HF_MORE:
+    if kind not in list(HF_MORE):  # it may be anything, and a list cannot be hashed
         raise ConfigError(f"model_type is {kind!r}; nanoScale reads {', '.join(HF_MORE)}")
-    names = hf_settings(kind)
-    known = {*names.values(), *HF_SILENT, *HF_FIXED, "rope_parameters", "rope_scaling"}
+    names, theirs_alone = hf_settings(kind), {"rope_parameters", "rope_scaling"}  # our modeling file reads neither
+    known = {*names.values(), *HF_SILENT, *HF_FIXED, *({"auto_map"} if kind == "nanoscale" else theirs_alone)}
     for name, value in config.items():
         if name not in known:
             raise ConfigError(f"nanoScale does not know what {name} {value!r} does; if it is nothing, delete the line")
         if name in HF_FIXED and value not in HF_FIXED[name]:
             raise ConfigError(f"its {name} is {value!r}, and nanoScale's models do what {HF_FIXED[name][0]!r} does")
-    said = {**HF_DEFAULTS, **(HF_LLAMAS if kind == "llama" else {}), **config, **hf_rope(config)}
-    return GPTConfig(**{ours: check(theirs, said[theirs], TYPES[ours]) for ours, theirs in names.items()
-                        if said[theirs] is not None or theirs not in ("num_key_value_heads", "head_dim")})
+    said = {**HF_DEFAULTS[kind], **config, **hf_rope(config)}
+    by_shape = ("num_key_value_heads", "head_dim") if kind != "nanoscale" else ()  # where they are null
+    told = {ours: check(theirs, said[theirs], TYPES[ours]) for ours, theirs in names.items()
+            if said[theirs] is not None or theirs not in by_shape}
+    made = GPTConfig(**told)
+    for ours, value in told.items():
+        if getattr(made, ours) != value:  # a 0 or "same" is a word of our settings alone
+            raise ConfigError(f"its {names[ours]} is {value!r}, which no model can have")
+    return made
 
 
 def hf_rope(config):

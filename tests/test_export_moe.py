@@ -297,14 +297,17 @@ def test_what_cannot_be_represented_is_refused_in_one_line(change, message, tran
 
 def test_whatever_is_accepted_has_the_logits_of_transformers(transformers, tmp_path):
     sayings = [(name, values) for name, values in SAYINGS if name != "model_type"] + [
+        ("auto_map", [{"AutoModelForCausalLM": "theirs.Other"}]), ("head_dim", [None, 0, 16]),
         ("num_experts", [None, 4, 7]), ("num_experts_per_tok", [1, 2, 3, None]), ("router_jitter_noise", [None, 0.0, 0.1]),
         ("norm_topk_prob", [None, False]), ("output_router_logits", [None, True])]
-    accepted, refused = accepted_and_refused(transformers, tmp_path, save_moe, sayings, 60)
+    accepted, refused = accepted_and_refused(transformers, tmp_path, save_moe, sayings, 100)
     assert accepted > 15 and len(refused) > 15
     assert "num_experts" in " ".join(refused) and "num_experts_per_tok' is missing" in " ".join(refused)
 
 
-@pytest.mark.parametrize("key", ["rms_norm_eps", "num_experts_per_tok", "num_local_experts", "rope_parameters"])
+@pytest.mark.parametrize("key", [
+    "rms_norm_eps", "num_experts_per_tok", "num_local_experts", "rope_parameters", "num_key_value_heads",
+    "max_position_embeddings"])
 def test_what_a_config_leaves_to_the_class_is_asked_for(key, transformers, tmp_path):
     save_moe(transformers, tmp_path)
     path = tmp_path / "config.json"
