@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from configurator import ConfigError, refuse
+from configurator import ConfigError, refuse, streams
 
 # all that a folder of ours can hold: --overwrite replaces nothing else
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modeling_nanoscale.py"}
@@ -29,9 +29,10 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 def arguments(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="the folder of a run, with its ckpt.pt, or one that was exported before")
+    parser.add_argument("model", type=os.path.expanduser,
+                        help="the folder of a run, with its ckpt.pt, or one that was exported before")
     parser.add_argument("--to", choices=("hf", "llama.cpp", "nanoscale"), required=True, help="the format")
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--out", required=True, type=os.path.expanduser, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
     return parser.parse_args(args)
 
@@ -110,8 +111,8 @@ def write_tokenizer(folder, tokenizer, config, to):
     """
     tokenizer.json and tokenizer_config.json; like a document here, what they encode begins with the separator.
 
-    llama.cpp's converter knows a BPE by what it makes of a text alone, so that add_bos_token has to ask for the separator;
-    and bytes as sentencepiece's fallback for unknown characters, where a space is ▁ and a ▁ therefore a space.
+    llama.cpp's converter knows a BPE by what it makes of a text alone, so that add_bos_token has to ask for the
+    separator; and bytes as sentencepiece's fallback for unknown characters, where a space is ▁ and a ▁ therefore a space.
     """
     symbols, end, bpe = byte_symbols(), "<|endoftext|>", tokenizer.name != "bytes"
     spell = lambda token: "".join(symbols[b] for b in token)
@@ -172,8 +173,8 @@ def write_model(folder, config, tensors, tokenizer, to):
         return None
     kind = hf_type(config, tensors)
     if to == "llama.cpp" and kind == "nanoscale":
-        raise ConfigError("llama.cpp computes Llamas and Mixtrals: no norms after the branches (placement input and dual "
-                          "have none), no other layout or router")
+        raise ConfigError("llama.cpp computes Llamas and Mixtrals: no norms after the branches (placement input and "
+                          "dual have none), no other layout or router")
     told = hf_config(kind, config, tokenizer)
     write_json(folder / "config.json", told)
     save_file(hf_tensors(kind, config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
@@ -185,8 +186,8 @@ def write_model(folder, config, tensors, tokenizer, to):
 
 def compare(folder, model, name):
     """
-    Whether a folder's logits were compared with those of the model that it came from: computed by the class `name` where
-    transformers is installed, or by our own code where name is None. Raises ConfigError where they differ: model.py may
+    Whether a folder's logits were compared with those of the model that it came from: computed by the class `name`
+    where transformers is installed, or by our own code where name is None. Raises ConfigError where they differ: model.py may
     have been changed in a way that no parameter and no setting tells.
     """
     import torch
@@ -240,14 +241,15 @@ def main(args):
 
 
 if __name__ == "__main__":
+    streams()
     parsed = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half is left
-    from data.tokens import DataError
+    from safetensors import SafetensorError  # what it makes of a full disk
     try:
         main(parsed)
-    except (ConfigError, DataError) as e:
+    except ConfigError as e:
         refuse(e)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as e:  # a full disk, a folder that may not be written
+    except (OSError, SafetensorError) as e:  # a full disk, a folder that may not be written
         refuse(f"{parsed.out} cannot be written: {e}")

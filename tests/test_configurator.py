@@ -155,7 +155,8 @@ def test_the_command_line_refuses_in_one_line(args):
     assert run.stderr.startswith("train.py: ")
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "ablate.py", "bench.py", "plot.py", "data/text/prepare.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "export.py", "ablate.py", "bench.py", "plot.py",
+                                    "data/text/prepare.py"])
 def test_help_is_shown_by_a_terminal_that_cannot_show_all_of_it(script):
     run = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True,
                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
