@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -195,3 +196,20 @@ def test_a_process_that_never_comes_is_one_line(settings, start):
     alone = start(0, ROOT / "train.py", *flags(settings(dist_timeout=0.02)))
     error = [line for line in alone.communicate(timeout=300)[1].splitlines() if not line.startswith("[")]  # torch's own
     assert alone.returncode == 1 and len(error) == 1 and "stood still for 0.02 minutes" in error[0], error
+
+
+@pytest.mark.parametrize("flag, speaks, said", [
+    ("--lr=0.1", 0, "process 1 has lr 0.1 (process 0: 0.002): start all"),
+    ("--max_steps=9", 0, "process 1 has max_steps 9 (process 0: 8): start all"),  # it would wait for ever
+    ("--dataset=OTHER", 0, "data {"),
+    ("--dataset=/nothing/there", 1, "process 1: /nothing/there: no train tokens")])
+def test_processes_compare_notes_and_the_one_that_fails_speaks(settings, corpus, tmp_path, start, flag, speaks, said):
+    other = shutil.copytree(corpus, tmp_path / "other")
+    with open(other / "train.bin", "r+b") as f:
+        f.seek(5000)
+        f.write(b"!!")
+    s = flags(settings())
+    both = start(0, ROOT / "train.py", *s), start(1, ROOT / "train.py", *s, flag.replace("OTHER", str(other)))
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert all(process.returncode for process in both) and said in errors[speaks], errors
+    assert errors[speaks].count("\n") == 1 and not Path(settings().out_dir).exists()
