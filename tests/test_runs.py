@@ -257,6 +257,39 @@ def test_settings_of_a_damaged_config_json_are_refused(settings):
             main(settings())
 
 
+def test_a_resumed_run_says_what_is_not_as_it_was(settings, monkeypatch, capsys):
+    """Other code, or a log that is gone: both commits stay in config.json."""
+    monkeypatch.setattr(train, "git_commit", lambda: "first")
+    main(settings())
+    folder = Path(settings().out_dir)
+    monkeypatch.setattr(train, "git_commit", lambda: "second")
+    (folder / "log.csv").unlink()
+    capsys.readouterr()
+    main(settings(resume=True, max_steps=10))
+    said = capsys.readouterr().out
+    assert "log.csv of the first 8 steps are missing" in said and "it was first, and is second" in said
+    main(settings(resume=True, max_steps=12))
+    assert "has changed" not in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["git_commit"] == "first"
+    assert config["resumed"] == [{"step": step, "git_commit": "second"} for step in (8, 10)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists what is mapped")
+@pytest.mark.parametrize("kw", [dict(), dict(optimizer="muon")], ids=str)
+def test_a_resumed_run_lets_go_of_the_file_that_it_will_replace(settings, monkeypatch, kw):
+    """Mapped, what it trains would change with the file, and a disk would have to hold one checkpoint more."""
+    main(settings(**kw))
+    real, mapped = train.lr_at, []
+
+    def lr_at(*args):
+        mapped.append("ckpt.pt" in Path("/proc/self/maps").read_text())
+        return real(*args)
+    monkeypatch.setattr(train, "lr_at", lr_at)
+    main(settings(resume=True, max_steps=10, **kw))
+    assert mapped == [False, False]
+
+
 def test_a_run_folder_is_the_masters(settings):
     with run_folder(settings(), master=False) as out:
         assert not out.exists()
