@@ -53,7 +53,7 @@ def read_prompt(args):
 def open_tokenizer(name, folder):
     """
     (encode, decoder) by our tokenizer's name, or, where that is None, by the folder's tokenizer.json. encode(text) is
-    the list of tokens that a document with this text begins with. decoder(tokens) goes on behind them: a function from
+    the list of tokens that a document with this text begins with. decoder(tokens) goes on after them: a function from
     each next token to the text that is complete with it, and from None, the end, to what is left. Raises ConfigError.
     """
     if name is not None:

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import kernels  # noqa: E402, behind the line above
+import kernels  # noqa: E402, after the line above
 from configurator import configure  # noqa: E402
 from model import GPT  # noqa: E402
 from settings import Settings, gpt_config  # noqa: E402
