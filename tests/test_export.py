@@ -531,7 +531,7 @@ def damage(path, how):
         return "neither an exported model's nor"
     if how == "not json":
         (path / "config.json").write_text("{")
-        return "cannot be read"
+        return "not JSON"
     if how == "old settings":
         settings = {**asdict(configure(Settings, TINY)[0]), "colour": "red"}
         state = {"model": GPT(GPTConfig(n_layer=1)).state_dict(), "optimizers": []}
