@@ -207,7 +207,8 @@ def first(ckpt):
     (lambda c: c.update(step="4"), "not ours"),
     (lambda c: c.update(settings=[]), "not a run's"),
     (lambda c: c["settings"].update(n_layer=1e9), "n_layer must be an int"),
-    (lambda c: c["settings"].update(n_layer=10 ** 9), "not ours"),
+    (lambda c: c["settings"].update(n_layer=10 ** 9), "n_layer must be between 1 and 10000"),
+    (lambda c: c["settings"].update(n_layer=9999), "not ours"),
     (lambda c: c["settings"].update(lr=[[]]), "lr must be a float"),
 ])
 def test_a_checkpoint_is_checked_before_anything_is_made_of_it(settings, edit, message, monkeypatch):
@@ -283,7 +284,7 @@ def test_a_resumed_run_lets_go_of_the_file_that_it_will_replace(settings, monkey
     real, mapped = train.lr_at, []
 
     def lr_at(*args):
-        mapped.append("ckpt.pt" in Path("/proc/self/maps").read_text())
+        mapped.append(str(Path(settings().out_dir) / "ckpt.pt") in Path("/proc/self/maps").read_text())
         return real(*args)
     monkeypatch.setattr(train, "lr_at", lr_at)
     main(settings(resume=True, max_steps=10, **kw))
