@@ -182,7 +182,7 @@ def configure(settings_class, args):
 
 
 def help_text(settings_class):
-    """The lines of settings_class's body and of its bases': every setting with its default, its choices and its comment."""
+    """The lines of settings_class's body and of its bases': each setting with default, choices and comment."""
     hints = get_type_hints(settings_class, include_extras=True)
     comments = {}
     sources = [inspect.getsource(c) for c in reversed(settings_class.__mro__[:-1])]

@@ -6,9 +6,9 @@ Hand over a trained model without its scale vectors, as a folder that other tool
     python export.py out/unified --to nanoscale --out models/unified   for sample.py, and for train.py --init_from
 
 What can be folded is folded (hf.py). With --to hf a model without norms after its branches is then a LlamaForCausalLM
-whose norms are all ones, or a MixtralForCausalLM. No class of transformers has norms after v, gate and up, or a γ of its
-own for each channel of q and k: DNP models, Gemma's layout and other routers than Mixtral's bring modeling_nanoscale.py
-with them, which loads with trust_remote_code=True.
+whose norms are all ones, or a MixtralForCausalLM. No class of transformers has norms after v, gate and up, or a γ of
+its own for each channel of q and k: DNP models, Gemma's layout and other routers than Mixtral's bring
+modeling_nanoscale.py with them, which loads with trust_remote_code=True.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def write_tokenizer(folder, tokenizer, config, to):
     tokenizer.json and tokenizer_config.json; like a document here, what they encode begins with the separator.
 
     llama.cpp's converter knows a BPE by what it makes of a text alone, so that add_bos_token has to ask for the
-    separator; and bytes as sentencepiece's fallback for unknown characters, where a space is ▁ and a ▁ therefore a space.
+    separator; and bytes as sentencepiece's fallback for unknown characters, where a space is ▁, and a ▁ a space.
     """
     symbols, end, bpe = byte_symbols(), "<|endoftext|>", tokenizer.name != "bytes"
     spell = lambda token: "".join(symbols[b] for b in token)
@@ -187,8 +187,8 @@ def write_model(folder, config, tensors, tokenizer, to):
 def compare(folder, model, name):
     """
     Whether a folder's logits were compared with those of the model that it came from: computed by the class `name`
-    where transformers is installed, or by our own code where name is None. Raises ConfigError where they differ: model.py may
-    have been changed in a way that no parameter and no setting tells.
+    where transformers is installed, or by our own code where name is None. Raises ConfigError where they differ:
+    model.py may have been changed in a way that no parameter and no setting tells.
     """
     import torch
 

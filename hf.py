@@ -388,7 +388,7 @@ def read_tensors(folder):
     for name, x in tensors.items():
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ConfigError(f"{name} is {x.dtype}: quantised weights are not read")
-    said, (config, _) = read_json(folder / "config.json"), read_config(folder)
+    config, _ = read_config(folder)
     try:
         with torch.device("meta"):
             model = GPT(config)
@@ -398,6 +398,7 @@ def read_tensors(folder):
     found = sum(x.numel() for x in tensors.values())
     if wanted > 2 * found + 2**28:  # 1 GB for RoPE's tables, and whatever may be tied
         raise ConfigError(f"config.json asks for {wanted:,} numbers, and the weights are {found:,}")
+    said = read_json(folder / "config.json")
     if said.get("format") != "nanoscale":
         tensors = rename_from_hf(tensors, said["model_type"], config)
     return {name: x.float() for name, x in tensors.items()}

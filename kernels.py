@@ -595,8 +595,8 @@ def _qk_norm_rope_kernel(y, cos, sin, gamma, q, k, v, T, y_batch, eps, Y_ROW: tl
                          N_KV: tl.constexpr, NORMED: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
                          HALF: tl.constexpr):
     """
-    q, k and v from a token's row of heads: N(head) for the first NORMED of them, γ and RoPE for those of q and k. gamma,
-    (N_Q + N_KV, D), may be None.
+    q, k and v from a token's row of heads: N(head) for the first NORMED of them, γ and RoPE for those of q and k.
+    gamma, (N_Q + N_KV, D), may be None.
 
     Bytes for a bf16 number: 2 read and 2 written. Norm, γ and RoPE one after the other would move 12. v is copied even
     where it has neither, so that y can be freed: a view would keep all three parts of it until the backward pass.

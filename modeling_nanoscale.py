@@ -1,6 +1,6 @@
 """
-nanoScale's Transformer for Hugging Face transformers, for models that no class of theirs computes: with norms after q, k,
-v, gate and up (DNP), or over all channels of q and k, in Gemma's layout, and mixtures with routers that theirs have not.
+nanoScale's Transformer for Hugging Face transformers, for models that no class of theirs computes: with norms after q,
+k, v, gate and up (DNP), or over all channels of q and k, in Gemma's layout, and mixtures with other routers.
 Folded: the scale vectors left are those that no weight can take. export.py puts this file beside the weights; load them
 with trust_remote_code=True. It needs nothing else, and runs on transformers 4.57 to 5.24.
 """

@@ -191,13 +191,13 @@ def run_folder(s, master=True):
         finish_taking_place(out)
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out) as held:
+    with lock(out):
         claim_out_dir(s)  # again: until now another run may have been here
         if not (s.overwrite and (out / "config.json").exists()):
             try:
                 yield out
             finally:
-                if made and [file.name for file in out.iterdir()] == [Path(held.name).name]:  # nothing came of it
+                if made and os.listdir(out) == ["train.lock"]:  # nothing came of it
                     shutil.rmtree(out, ignore_errors=True)
             return
         new, _ = beside(out)

@@ -30,9 +30,9 @@ def arguments(args=None):
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token; default: 0.8")
     parser.add_argument("--top_k", type=int, default=50, help="sample from the k likeliest tokens; default: 50")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--device", default="auto", help="default: cuda where there is one, else mps, else cpu")
     parsed = parser.parse_args(args)
-    # fp16's logits, divided by less, are infinite; torch's generator takes 64 bits
+    # logits that are divided by next to nothing are infinite; torch's generator takes 64 bits
     if (min(parsed.top_k, parsed.max_new_tokens, parsed.num_samples) < 1
             or parsed.temperature != 0 and not 0.01 <= parsed.temperature < float("inf") or abs(parsed.seed) >= 2**63):
         parser.error("top_k, max_new_tokens and num_samples must be at least 1, temperature 0 or at least 0.01, and "

@@ -354,12 +354,12 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
                             shown["idle"] = sum(layer["idle"] for layer in loads)
                         if skipped:
                             shown["skipped"] = skipped
-                        bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+                        shown = {k: f"{v:.5g}" for k, v in shown.items()}
+                        bar.set_postfix(shown, refresh=False)
                         with noted_silence(signals):
                             if bar.disable or "val_loss" in row:
-                                said = [f"step {step:6d}", *(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
-                                                             for k, v in shown.items())]
-                                bar.write("  ".join(said + [f"{rate:,.0f} tokens/s"] * bool(rate)))
+                                bar.write(f"step {step:6d}  " + "".join(f"{k} {v}  " for k, v in shown.items())
+                                          + (f"{rate:,.0f} tokens/s" if rate else ""))
                     if step > 0 and (step % s.save_interval == 0 or last or stopping):
                         gather_state(optimizers)
                         if master:

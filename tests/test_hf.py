@@ -372,21 +372,6 @@ def test_what_a_llama_leaves_unsaid_is_read_as_its_class_reads_it(change, transf
         assert (logits(open_model(tmp_path)[0], IDS) - theirs(IDS).logits).abs().max() < 1e-5
 
 
-def test_what_a_mixtral_leaves_unsaid_is_refused(tmp_path):
-    """Its class has numbers of its own, such as 8 heads of k and v where a Llama without a word has n_head."""
-    config = dict(model_type="mixtral", vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                  num_attention_heads=4, num_key_value_heads=4, num_local_experts=2, num_experts_per_tok=2,
-                  max_position_embeddings=128, rms_norm_eps=1e-5, rope_theta=1e4)
-    path = tmp_path / "config.json"
-    for name in ("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
-                 "rms_norm_eps"):
-        path.write_text(json.dumps({key: value for key, value in config.items() if key != name}))
-        with pytest.raises(ConfigError, match=f"'{name}' is missing"):
-            read_config(tmp_path)
-    path.write_text(json.dumps(config))
-    assert read_config(tmp_path)[0].n_kv_head == 4
-
-
 def test_heads_are_tied_by_the_config_and_the_file_alike(transformers, tmp_path):
     from safetensors.torch import load_file, save_file
     path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
