@@ -12,8 +12,9 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from conftest import snapshot
+from conftest import ROOT, snapshot
 
+import train
 from configurator import ConfigError
 from runs import CSVLog, load_checkpoint
 from train import LOG_COLUMNS, main
@@ -153,3 +154,38 @@ def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(corpus, tmp_pat
     said = limited(export, 20_000)
     assert said.returncode != 0 and said.stderr.count("\n") == 1 and str(tmp_path / "out") in said.stderr, said.stderr
     assert snapshot(tmp_path) == before
+
+
+def small(corpus, tmp_path, *more, **env):
+    return subprocess.run([*faults.command(tmp_path / "run", corpus, 5), *more], capture_output=True, text=True,
+                          env={**os.environ, **env})
+
+
+@pytest.mark.parametrize("env", [dict(RANK="0"), dict(WORLD_SIZE="2"), dict(RANK="abc", LOCAL_RANK="0", WORLD_SIZE="2",
+                                                                            MASTER_ADDR="a", MASTER_PORT="1")], ids=str)
+def test_half_of_torchruns_environment_is_one_line(corpus, tmp_path, env):
+    run = small(corpus, tmp_path, **env)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "unset it" in run.stderr, run.stderr
+
+
+def test_no_memory_is_one_line(corpus, tmp_path):
+    run = small(corpus, tmp_path, f"--vocab_size={2**40}")
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "out of memory" in run.stderr, run.stderr
+
+
+def test_ctrl_c_before_there_is_a_run_is_one_line(tmp_path):
+    code = "import sys; sys.argv = ['train.py']; import configurator; configurator.streams(); raise KeyboardInterrupt"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode in (130, -signal.SIGINT) and run.stderr == "train.py: interrupted\n"
+
+
+def test_a_terminal_that_hangs_up_is_a_signal_like_others(settings, monkeypatch):
+    s, real = settings(), train.lr_at
+    monkeypatch.setattr(train, "lr_at", lambda i, *a: (i == 2 and os.kill(os.getpid(), signal.SIGHUP), real(i, *a))[1])
+    outer = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(s)
+    finally:
+        signal.signal(signal.SIGHUP, outer)
+    assert stop.value.code == 128 + signal.SIGHUP and load_checkpoint(Path(s.out_dir) / "ckpt.pt")["step"] == 3
