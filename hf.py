@@ -331,6 +331,7 @@ def hf_rope(config):
             if key not in plain or value != plain[key]:
                 raise ConfigError(f"its {name} says {key} {value!r}, and nanoScale's models have plain RoPE")
         bases |= {rope["rope_theta"]} if "rope_theta" in rope else set()
+    bases = {check("rope_theta", base, TYPES["rope_theta"]) for base in bases}
     if len(bases) > 1:
         raise ConfigError(f"it says rope_theta more than once: {', '.join(map(str, sorted(bases)))}")
     return {"rope_theta": base for base in bases}
