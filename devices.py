@@ -56,8 +56,8 @@ def process_group(distributed, device, minutes):
     try:
         timeout = timedelta(minutes=minutes)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun's store outlives a restart, and has the addresses of processes that are dead by then. A machine counts
-        # its own restarts, so that several would not agree on a number
+        # torchrun's store outlives a restart, and has the addresses of processes that are dead by then. A machine
+        # counts its own restarts, so that several would not agree on a number
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,

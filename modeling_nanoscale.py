@@ -26,7 +26,7 @@ class NanoScaleConfig(PretrainedConfig):
     """
     Llama's names, and nanoScale's for the norms. arch 'gemma': post-norms, and a QK-norm. attn_placement (of q and k),
     v_placement, ffn_placement: 'input' no norm after the branches, 'norm' one without a scale vector, 'dual_norm' one
-    with it, in v's and up's case in the next matrix. Where all branches of a sublayer have one, none stands before them.
+    with it, in v's and up's case in the next matrix. Where all branches of a sublayer have one, none is before them.
     qkv_norm: the norms of q, k and v are over each 'head' or over the 'full' width. scale_vectors: False for none.
     n_experts: 0 for a dense model. router: the chosen experts' weights are a 'softmax' over them, their share of a
     softmax over all ('softmax_all'), or a 'sigmoid' divided by the sum over the chosen.
@@ -288,8 +288,8 @@ class NanoScaleForCausalLM(NanoScalePreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, logits_to_keep=0, cache=None, **kwargs):
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache=cache,
-                         **kwargs)
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                         cache=cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None

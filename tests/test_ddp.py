@@ -194,8 +194,9 @@ def test_a_process_that_stands_still_ends_the_others_in_one_line(settings, tmp_p
 
 def test_a_process_that_never_comes_is_one_line(settings, start):
     alone = start(0, ROOT / "train.py", *flags(settings(dist_timeout=0.02)))
-    error = [line for line in alone.communicate(timeout=300)[1].splitlines() if not line.startswith("[")]  # torch's own
-    assert alone.returncode == 1 and len(error) == 1 and "stood still for 0.02 minutes" in error[0], error
+    error = alone.communicate(timeout=300)[1]  # with torch's own, which may say that a socket was not answered
+    assert alone.returncode == 1 and "Traceback" not in error, error
+    assert sum("stood still for 0.02 minutes" in line for line in error.splitlines()) == 1, error
 
 
 @pytest.mark.parametrize("flag, speaks, said", [

@@ -326,9 +326,9 @@ def test_a_folder_of_ours_that_was_tampered_with_is_refused(settings, message, t
     save_run(tmp_path / "run", [*TINY, "--n_experts=4"])
     main(arguments([str(tmp_path / "run"), "--to", "nanoscale", "--out", str(tmp_path / "out")]))
     path = tmp_path / "out" / "config.json"
-    there = json.loads(path.read_text())
-    there["settings"].update(settings)
-    path.write_text(json.dumps(there))
+    said = json.loads(path.read_text())
+    said["settings"].update(settings)
+    path.write_text(json.dumps(said))
     with pytest.raises(ConfigError, match=message) as e:
         open_model(tmp_path / "out")
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)

@@ -136,10 +136,10 @@ def test_shards_and_half_precision_are_read(transformers, tmp_path):
 def test_configs_of_transformers_4_are_read(transformers, tmp_path):
     save_llama(transformers, tmp_path)
     path = tmp_path / "config.json"
-    there = json.loads(path.read_text())
+    config = json.loads(path.read_text())
     for name in ("rope_parameters", "head_dim", "num_key_value_heads"):
-        del there[name]
-    path.write_text(json.dumps({**there, "rope_theta": 500000, "rope_scaling": None}))
+        del config[name]
+    path.write_text(json.dumps({**config, "rope_theta": 500000, "rope_scaling": None}))
     config, _ = read_config(tmp_path)
     assert (config.rope_theta, config.d_head, config.n_kv_head) == (500000.0, 8, 4)
 
@@ -238,8 +238,8 @@ def retensor(change):
 def unsay(*keys):
     """A damage to config.json: lines that are not there."""
     def edit(folder):
-        there = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in there.items() if k not in keys}))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in keys}))
     return edit
 
 
@@ -294,8 +294,8 @@ def test_an_export_whose_config_was_edited_is_refused(change, message, tmp_path)
     save_run(tmp_path / "run", ["--n_layer=2", "--n_embd=32", "--placement=dual_norm"])
     export(export_arguments([str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")]))
     path = tmp_path / "out" / "config.json"
-    there = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({key: value for key, value in there.items() if value is not ...}))
+    config = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
     with pytest.raises(ConfigError, match=message) as e:
         open_model(tmp_path / "out")
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
@@ -330,11 +330,11 @@ def accepted_and_refused(transformers, tmp_path, save, sayings, n):
         tied = random.random() < 0.3
         save(transformers, folder, seed=i, num_key_value_heads=random.choice([2, 4]), tie_word_embeddings=tied)
         path = folder / "config.json"
-        there = json.loads(path.read_text())
+        config = json.loads(path.read_text())
         for name, values in random.sample(sayings, random.randrange(5)):
             value = random.choice(values)
-            there = {key: x for key, x in there.items() if key != name} | ({} if value is None else {name: value})
-        path.write_text(json.dumps(there))
+            config = {key: x for key, x in config.items() if key != name} | ({} if value is None else {name: value})
+        path.write_text(json.dumps(config))
         try:
             model, _ = open_model(folder)
         except ConfigError as e:
@@ -343,7 +343,7 @@ def accepted_and_refused(transformers, tmp_path, save, sayings, n):
             continue
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
-            assert (logits(model, IDS) - theirs(IDS).logits).abs().max() < 1e-5, there
+            assert (logits(model, IDS) - theirs(IDS).logits).abs().max() < 1e-5, config
         accepted += 1
     return accepted, refused
 
@@ -365,8 +365,8 @@ def test_whatever_is_accepted_has_the_logits_of_transformers(transformers, tmp_p
 def test_what_a_llama_leaves_unsaid_is_read_as_its_class_reads_it(change, transformers, tmp_path):
     save_llama(transformers, tmp_path)
     path = tmp_path / "config.json"
-    there = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({key: value for key, value in there.items() if value is not None}))
+    config = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert (logits(open_model(tmp_path)[0], IDS) - theirs(IDS).logits).abs().max() < 1e-5

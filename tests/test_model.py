@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kernels import apply_rope
 from model import GPT, rope_tables
-from norms import Branches, ScaleVector
+from norms import ScaleVector
 from settings import FORMS, PLACEMENTS, GPTConfig
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, ffn_dim=20, vocab_size=31, block_size=12, init_std=0.02,

@@ -3,7 +3,6 @@ modeling_nanoscale.py as a citizen of transformers: what its users take for gran
 side by side. Numbers against nanoScale's own are in test_export.py.
 """
 
-import json
 import os
 import subprocess
 import sys

@@ -19,7 +19,7 @@ import data.corpus as corpus
 import data.fineweb.prepare as fineweb
 import data.pysrc.prepare as pysrc
 import data.text.prepare as text
-from data.tokens import HERE, UNFINISHED, BinWriter, DataError, Tokens, load_tokenizer, write_meta
+from data.tokens import HERE, UNFINISHED, BinWriter, DataError, Tokens, load_tokenizer
 
 
 def one_line(error, *parts):

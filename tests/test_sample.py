@@ -198,12 +198,12 @@ def test_a_foreign_folder_without_a_tokenizer_is_refused_in_one_line(llama, monk
         assert "\n" not in str(e.value)
 
     path = llama / "theirs" / "tokenizer.json"
-    there = json.loads(path.read_text())
-    path.write_text(json.dumps({**there, "post_processor": None}))
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "post_processor": None}))
     refused("begins a document with nothing; give it a --prompt")
-    there["added_tokens"][0]["id"] = there["model"]["vocab"]["<|endoftext|>"] = 999
-    there["post_processor"]["special_tokens"]["<|endoftext|>"]["ids"] = [999]
-    path.write_text(json.dumps(there))
+    told["added_tokens"][0]["id"] = told["model"]["vocab"]["<|endoftext|>"] = 999
+    told["post_processor"]["special_tokens"]["<|endoftext|>"]["ids"] = [999]
+    path.write_text(json.dumps(told))
     refused("knows token 999, and the model 256")
     path.write_text("{")
     refused("tokenizer.json cannot be read")

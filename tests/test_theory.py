@@ -240,8 +240,8 @@ def test_a_shorter_alpha_turns_faster(length, n=6):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What stands beside a norm need not be computed: N does not see the length of its input. Under DNP the Pre-Norm is idle,
-# and so is the magnitude of v: without ε its gradient is 0, and with it ε's alone.
+# What stands beside a norm need not be computed: N does not see the length of its input. Under DNP the Pre-Norm is
+# idle, and so is the magnitude of v: without ε its gradient is 0, and with it ε's alone.
 
 
 @pytest.mark.parametrize("placement, idle", [("dual_norm", True), ("norm", True), ("dual", False), ("input", False)])

@@ -31,8 +31,9 @@ def final_losses(keep_norm, seed, init_std, embedding_std):
     """(training loss of step 10, validation loss at the end) of one run, in nats."""
     files = [str(ROOT / "config" / "size" / "lab.py"), str(ROOT / "config" / "unified.py")]
     with tempfile.TemporaryDirectory() as folder:
-        s, _ = configure(Settings, [*files, f"--seed={seed}", f"--max_steps={STEPS}", "--sample_tokens=0", "--device=cpu",
-                                    "--compile=False", f"--out_dir={folder}/run", f"--eval_interval={STEPS}"])
+        s, _ = configure(Settings, [*files, f"--seed={seed}", f"--max_steps={STEPS}", "--sample_tokens=0",
+                                    "--device=cpu", "--compile=False", f"--out_dir={folder}/run",
+                                    f"--eval_interval={STEPS}"])
         s.init_std, s.embedding_std = init_std, embedding_std
         Branches.idle_norm = property(lambda b: not keep_norm and len(b.normed) == len(b.n_out))
         main(s)
@@ -62,6 +63,6 @@ if __name__ == "__main__":
         lines.append(f"| {start} | {statistics.mean(kept):.4f} | {statistics.mean(left):.4f} | {each} |")
     (HERE / "results.md").write_text("\n".join([
         "# Idle Pre-Norms: kept and left out", "", *lines, "",
-        f"Validation loss in nats, unified, {STEPS} steps at the lab size, seeds 1, 2, 3. The functions differ in what ε "
-        f"acts on. `python results/idle_norm/measure.py`, {rows[0]['device']}, torch {rows[0]['torch']}.", ""]),
+        f"Validation loss in nats, unified, {STEPS} steps at the lab size, seeds 1, 2, 3. The functions differ in what "
+        f"ε acts on. `python results/idle_norm/measure.py`, {rows[0]['device']}, torch {rows[0]['torch']}.", ""]),
         encoding="utf-8")
