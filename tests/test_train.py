@@ -324,6 +324,13 @@ def test_foreign_folders_are_not_touched(settings, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_home_is_where_it_is(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    main(settings(out_dir="~/run", max_steps=1))
+    assert (tmp_path / "run" / "ckpt.pt").exists() and not (tmp_path / "~").exists()
+
+
 def test_other_data_is_refused_on_resume(settings, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
