@@ -1,12 +1,11 @@
 """
 Hand over a trained model without its scale vectors, as a folder that other tools read:
 
-    python export.py out/unified --to hf --out models/unified          for transformers, vLLM and the like
-    python export.py out/unified_free --to llama.cpp --out models/free for its convert_hf_to_gguf.py
-    python export.py out/unified --to nanoscale --out models/unified   for sample.py, and for train.py --init_from
+    python export.py out/unified --to hf --out models/unified           for transformers, vLLM and the like
+    python export.py out/unified_free --to llama.cpp --out models/free  for its convert_hf_to_gguf.py
 
-What can be folded is folded (hf.py). With --to hf a model without norms after its branches is then a LlamaForCausalLM
-whose norms are all ones, or a MixtralForCausalLM. No class of transformers has norms after v, gate and up, or a γ of
+sample.py and train.py --init_from read such a folder too. What can be folded is folded (hf.py). A model without norms
+after its branches is then a LlamaForCausalLM whose norms are all ones, or a MixtralForCausalLM. No class of transformers has norms after v, gate and up, or a γ of
 its own for each channel of q and k: DNP models, Gemma's layout and other routers than Mixtral's bring
 modeling_nanoscale.py with them, which loads with trust_remote_code=True.
 """
@@ -31,7 +30,7 @@ def arguments(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=os.path.expanduser,
                         help="the folder of a run, with its ckpt.pt, or one that was exported before")
-    parser.add_argument("--to", choices=("hf", "llama.cpp", "nanoscale"), required=True, help="the format")
+    parser.add_argument("--to", choices=("hf", "llama.cpp"), required=True, help="the format")
     parser.add_argument("--out", required=True, type=os.path.expanduser, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
     return parser.parse_args(args)
@@ -158,19 +157,12 @@ def write_tokenizer(folder, tokenizer, config, to):
 def write_model(folder, config, tensors, tokenizer, to):
     """
     Fill an empty folder with a folded model. tokenizer: as load_tokenizer returns it. to: a format of --to. Returns the
-    class of transformers that reads it, or None. Raises ConfigError where the format has no such model.
+    class of transformers that reads it. Raises ConfigError where the format has no such model.
     """
-    from dataclasses import asdict
-
     from safetensors.torch import save_file
 
     from hf import hf_config, hf_tensors, hf_type
 
-    if to == "nanoscale":
-        settings = {name: value for name, value in asdict(config).items() if name != "dtype"}
-        write_json(folder / "config.json", {"format": "nanoscale", "settings": settings, "tokenizer": tokenizer.name})
-        save_file(tensors, folder / "model.safetensors")
-        return None
     kind = hf_type(config, tensors)
     if to == "llama.cpp" and kind == "nanoscale":
         raise ConfigError("llama.cpp computes Llamas and Mixtrals: no norms after the branches (placement input and "
@@ -186,26 +178,21 @@ def write_model(folder, config, tensors, tokenizer, to):
 
 def compare(folder, model, name):
     """
-    Whether a folder's logits were compared with those of the model that it came from: computed by the class `name`
-    where transformers is installed, or by our own code where name is None. Raises ConfigError where they differ:
-    model.py may have been changed in a way that no parameter and no setting tells.
+    Whether a folder's logits, as the class `name` computes them, were compared with those of the model that it came
+    from; that takes transformers. Raises ConfigError where they differ: model.py may have been changed in a way that no
+    parameter and no setting tells.
     """
+    try:
+        import transformers
+    except ImportError:
+        return False
     import torch
 
-    from hf import open_model
-
+    transformers.utils.logging.disable_progress_bar()
+    theirs = import_module("modeling_nanoscale" if name == "NanoScaleForCausalLM" else "transformers")
     idx = torch.arange(min(model.config.block_size, 64))[None] * 7 % model.config.vocab_size
     with torch.no_grad():
-        if name is None:
-            computed = open_model(folder)[0](idx)[0]
-        else:
-            try:
-                import transformers
-            except ImportError:
-                return False
-            transformers.utils.logging.disable_progress_bar()
-            theirs = import_module("modeling_nanoscale" if name == "NanoScaleForCausalLM" else "transformers")
-            computed = getattr(theirs, name).from_pretrained(folder, dtype=torch.float32)(idx).logits
+        computed = getattr(theirs, name).from_pretrained(folder, dtype=torch.float32)(idx).logits
         expected = model(idx)[0]
     # each token's largest error, and of these the median: rounding may send a token to another expert
     error = ((computed - expected).abs().amax(-1).median() / expected.abs().max()).item()
@@ -234,7 +221,7 @@ def main(args):
     if reader == "NanoScaleForCausalLM":
         print("No class of transformers computes this model. Its code is beside the weights, in modeling_nanoscale.py: "
               "load it with trust_remote_code=True.")
-    elif reader:
+    else:
         print(f"Loads as {reader}.")
     print("Its logits equal the model's." if compared else
           "transformers is not installed here: nobody has compared this folder's logits with the model's.")

@@ -352,12 +352,10 @@ def read_config(folder):
         raise ConfigError(f"{folder}: there is no config.json: neither an exported model nor a run")
     said = read_json(path)
     try:
-        if said.get("format") == "nanoscale":
-            settings = {name: check(name, value, TYPES[name]) for name, value in said["settings"].items()}
-            return GPTConfig(**settings), said["tokenizer"]
         if "model_type" not in said:
             raise ConfigError("it is neither an exported model's nor a Hugging Face model's")
-        return from_hf(said), said.get("nanoscale_tokenizer")
+        name = said.get("nanoscale_tokenizer")
+        return from_hf(said), name if name is None else check("nanoscale_tokenizer", name, str)
     except KeyError as e:
         raise ConfigError(f"{path}: {e.args[0]!r} is missing") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:  # a ConfigError is a ValueError
@@ -399,10 +397,7 @@ def read_tensors(folder):
     found = sum(x.numel() for x in tensors.values())
     if wanted > 2 * found + 2**28:  # 1 GB for RoPE's tables, and whatever may be tied
         raise ConfigError(f"config.json asks for {wanted:,} numbers, and the weights are {found:,}")
-    said = read_json(folder / "config.json")
-    if said.get("format") != "nanoscale":
-        tensors = rename_from_hf(tensors, said["model_type"], config)
-    return {name: x.float() for name, x in tensors.items()}
+    return rename_from_hf(tensors, read_json(folder / "config.json")["model_type"], config)
 
 
 def rename_from_hf(tensors, kind, config):

@@ -20,7 +20,7 @@ import sample
 from configurator import ConfigError, configure
 from data.tokens import DataError, load_tokenizer
 from export import arguments, byte_symbols, main, write_tokenizer
-from hf import fold, hf_type, load, open_model, read_tensors
+from hf import fold, hf_type, is_norm, load, open_model, read_tensors
 from kernels import rms_norm
 from model import GPT
 from moe import mixtures
@@ -114,13 +114,12 @@ print("RESULTS" + json.dumps(results))
 
 
 def export_all(root, cases):
-    """{case: (original model, folder with hf/ and nanoscale/, what transformers made of hf/)}"""
+    """{case: (original model, folder with hf/, what transformers made of it)}"""
     pytest.importorskip("transformers", reason="the check by transformers itself needs it installed")
     models = {}
     for case, args in cases.items():
         models[case] = save_run(root / case, [*TINY, *args])
-        for to in ("hf", "nanoscale"):
-            main(arguments([str(root / case), "--to", to, "--out", str(root / f"{case}.out" / to)]))
+        main(arguments([str(root / case), "--to", "hf", "--out", str(root / f"{case}.out" / "hf")]))
     torch.save(IDS, root / "ids.pt")
     (root / "text.txt").write_text(TEXT, encoding="utf-8")
     folders = {case: str(root / f"{case}.out" / "hf") for case in cases}
@@ -148,8 +147,8 @@ def same_by_transformers(case, model, folder, theirs, expected):
 
 
 def same_by_our_own_code(model, folder):
-    for to in ("hf", "nanoscale", "saved"):
-        again, tokenizer = open_model(folder / to)
+    for by in ("hf", "saved"):  # by us, and by transformers
+        again, tokenizer = open_model(folder / by)
         assert tokenizer == "bytes"
         assert (logits(again, IDS) - logits(model, IDS)).abs().max() < 1e-5
         assert again.config.block_size == 128
@@ -190,9 +189,9 @@ def test_unified_free_leaves_as_a_plain_llama(exports):
 
 def test_what_is_folded_is_gone(exports):
     _, folder, _ = exports["baseline"]
-    assert not [name for name in read_tensors(folder / "nanoscale") if "norm" in name or "scale" in name]
+    assert all((x == 1).all() for name, x in read_tensors(folder / "hf").items() if is_norm(name))
     _, folder, _ = exports["unified"]
-    left = {name.split(".", 2)[2] for name in read_tensors(folder / "nanoscale") if name.endswith("_scale")}
+    left = {name.split(".", 2)[2] for name in read_tensors(folder / "hf") if name.endswith("_scale")}
     assert left == {"attn.q_scale", "attn.k_scale", "ffn.gate_scale"}
 
 
@@ -472,7 +471,7 @@ def test_an_export_whose_last_rename_fails_gives_the_old_one_back(run, tmp_path,
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OSError):
-        export_to(run, tmp_path / "old", "--overwrite", to="nanoscale")
+        export_to(run, tmp_path / "old", "--overwrite")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "run"] and content(tmp_path / "old") == before
 
 
@@ -480,10 +479,12 @@ def test_an_export_is_overwritten_only_when_asked(run, tmp_path):
     export_to(run, tmp_path / "out")
     before = content(tmp_path / "out")
     with pytest.raises(ConfigError, match="holds an export already.*--overwrite"):
-        export_to(run, tmp_path / "out", to="nanoscale")
+        export_to(run, tmp_path / "out")
     assert content(tmp_path / "out") == before
-    export_to(run, tmp_path / "out", "--overwrite", to="nanoscale")
-    assert set(content(tmp_path / "out")) == {"config.json", "model.safetensors"}
+    (tmp_path / "out" / "config.json").write_text("")
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    export_to(run, tmp_path / "out", "--overwrite")
+    assert content(tmp_path / "out") == before
 
 
 def test_a_folder_with_anything_else_in_it_is_never_overwritten(run, tmp_path):
@@ -507,11 +508,9 @@ def test_files_are_as_readable_as_others(run, tmp_path):
 
 
 def test_an_export_can_be_exported_again(run, tmp_path):
-    export_to(run, tmp_path / "a", to="nanoscale")
-    export_to(run, tmp_path / "b")
-    export_to(tmp_path / "a", tmp_path / "c")
-    b, c = content(tmp_path / "b"), content(tmp_path / "c")
-    assert b == c
+    export_to(run, tmp_path / "a")
+    export_to(tmp_path / "a", tmp_path / "b")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
 def damage(path, how):
