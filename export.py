@@ -5,9 +5,9 @@ Hand over a trained model without its scale vectors, as a folder that other tool
     python export.py out/unified_free --to llama.cpp --out models/free  for its convert_hf_to_gguf.py
 
 sample.py and train.py --init_from read such a folder too. What can be folded is folded (hf.py). A model without norms
-after its branches is then a LlamaForCausalLM whose norms are all ones, or a MixtralForCausalLM. No class of transformers has norms after v, gate and up, or a γ of
-its own for each channel of q and k: DNP models, Gemma's layout and other routers than Mixtral's bring
-modeling_nanoscale.py with them, which loads with trust_remote_code=True.
+after its branches is then a LlamaForCausalLM whose norms are all ones, or a MixtralForCausalLM. No class of
+transformers has norms after v, gate and up, or a γ of its own for each channel of q and k: DNP models, Gemma's layout
+and other routers than Mixtral's bring modeling_nanoscale.py with them, which loads with trust_remote_code=True.
 """
 
 import argparse
