@@ -17,7 +17,6 @@ else slows the machine slows them alike. A ratio is the geometric mean over roun
 the same round, with Student's 95% interval of that mean. Memory is counted and has no interval: see Arm.memory_mb.
 """
 
-import argparse
 import inspect
 import itertools
 import math
@@ -43,7 +42,7 @@ import kernels
 import model as model_module
 import moe
 import norms
-from configurator import ConfigError, configure, refuse, streams
+from configurator import ConfigError, Parser, configure, refuse, streams
 from devices import device_name, pick_device
 from hf import fold, hf_config, hf_tensors, hf_type
 from optim import make_optimizers, param_groups
@@ -490,7 +489,7 @@ VERBS = {"kernels": bench_kernels, "overhead": bench_overhead, "peers": bench_pe
 
 def arguments(args=None):
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
 
     def add(flag, default, help, **kw):
         parser.add_argument(flag, default=default, help=f"{help}; default: {default}", **kw)

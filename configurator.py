@@ -10,6 +10,7 @@ Whatever is wrong is said in one line on stderr, with exit code 2.
 Knows none of the other files.
 """
 
+import argparse
 import difflib
 import inspect
 import json
@@ -242,6 +243,16 @@ def from_command_line(settings_class, usage):
         return configure(settings_class, args)
     except ConfigError as e:
         refuse(e)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the module's docstring laid out as it stands and mistakes told in one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def refuse(error, code=2):

@@ -10,7 +10,6 @@ transformers has norms after v, gate and up, or a γ of its own for each channel
 and other routers than Mixtral's bring modeling_nanoscale.py with them, which loads with trust_remote_code=True.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -20,14 +19,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from configurator import ConfigError, refuse, streams
+from configurator import ConfigError, Parser, refuse, streams
 
 # all that a folder of ours can hold: --overwrite replaces nothing else
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modeling_nanoscale.py"}
 
 
 def arguments(args=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", type=os.path.expanduser,
                         help="the folder of a run, with its ckpt.pt, or one that was exported before")
     parser.add_argument("--to", choices=("hf", "llama.cpp"), required=True, help="the format")

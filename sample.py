@@ -9,19 +9,18 @@ Also from a Hugging Face Llama's or Mixtral's folder with a tokenizer.json, wher
 The model sees block_size tokens at most. When they are full, the older half is dropped and the rest read anew.
 """
 
-import argparse
 import codecs
 import os
 import sys
 from pathlib import Path
 
-from configurator import ConfigError, open_file, refuse, streams
+from configurator import ConfigError, Parser, open_file, refuse, streams
 
 
 def arguments(args=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", type=os.path.expanduser,
-                        help="the folder of a run, with its ckpt.pt, or of a model in either format")
+                        help="the folder of a run, with its ckpt.pt, or of an exported model")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="what to continue; default: the start of a document")
     prompt.add_argument("--prompt_file", type=os.path.expanduser, help="a UTF-8 file with what to continue")

@@ -4,7 +4,6 @@ What the prepare.py scripts share: from files of text to a folder of tokens, and
 Knows tokens.py and configurator.py.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -123,16 +122,6 @@ def download(repo, sources, out, convert):
         open_tokens(out / name)  # or says what is wrong with it
     shutil.rmtree(out / "download.part", ignore_errors=True)
     finish(out, GPT2Tokenizer)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with the module's docstring laid out as it stands and mistakes told in one line."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def home(path):

@@ -9,7 +9,6 @@ at one of three moments, in turn: at any time since the process started, at any 
 the temporary file of a checkpoint is seen.
 """
 
-import argparse
 import csv
 import os
 import random
@@ -26,6 +25,7 @@ import torch
 from conftest import ROOT  # puts the project on sys.path
 from tqdm import tqdm
 
+from configurator import Parser
 from data.tokens import BinWriter
 from runs import load_checkpoint
 
@@ -114,7 +114,7 @@ def torment(folder, kills, steps, seed=0, bar=None, threads=1, each=None):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=400, help="of a run; default: 400")
     parser.add_argument("--seed", type=int, default=0)

@@ -16,7 +16,8 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
 import numpy as np
 from tqdm import tqdm
 
-from data.corpus import Parser, command_line, download, home, in_threads
+from configurator import Parser
+from data.corpus import command_line, download, home, in_threads
 from data.tokens import HERE, BinWriter, DataError, load_tokenizer
 
 REPO = "allenai/c4"

@@ -10,7 +10,8 @@ from pathlib import Path
 if __name__ == "__main__":  # Python has put this folder on the path, not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.corpus import Parser, command_line, download, home
+from configurator import Parser
+from data.corpus import command_line, download, home
 from data.tokens import HERE, DataError
 
 REPO = "kjj0/fineweb10B-gpt2"
