@@ -188,6 +188,18 @@ def suite_arms(suite, opt, base):
     return [arm for size in opt.sizes.split(",") for arm in at_size(size, arms, opt)] if suite == "scaling" else arms
 
 
+def check_flags(arms, base):
+    """Refuse a flag of `base` that the words of an arm, which come after it, set otherwise. Raises ConfigError."""
+    told, _ = configure(Settings, base)
+    flags = {arg[2:].partition("=")[0] for arg in base if arg.startswith("--")} - {"warmup_steps"}  # scaling cuts it
+    for arm, words, _ in arms:
+        own, _ = configure(Settings, words)
+        for name in sorted(flags):
+            if getattr(own, name) != getattr(told, name):
+                raise ConfigError(f"--{name}={getattr(told, name)} cannot hold for every cell: {arm} has {name} "
+                                  f"{getattr(own, name)!r}. Compare strategy files of your own")
+
+
 def at_size(size, arms, opt):
     """The arms at one of --sizes, as long as its tokens for each parameter of the first make it. Raises ConfigError."""
     shape, own, budget = size.partition("@")
@@ -564,6 +576,7 @@ def main(args):
     suite, opt, base = parse(args)
     runner = Runner(opt)
     named = suite_arms(suite, opt, base)
+    check_flags(named, base)
     arms, references = make_arms(named, opt, runner.code), {name: reference for name, _, reference in named}
     out = opt.out or Path("out/ablate") / (suite if suite in SUITES else "-".join(arms))
     out, command = Path(out).expanduser(), shlex.join(["python", "ablate.py", *args])

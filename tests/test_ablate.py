@@ -124,7 +124,9 @@ def test_scaling_counts_tokens_by_the_baselines_parameters(tiny):
     (["removal", "--jobs=0"], "jobs must be at least 1"), (["removal", "--n_head=3"], "not divisible by n_head"),
     (["removal", "--batch_tokens=33"], "not divisible by block_size"), (["a/x.py,b/x.py"], "of different names"),
     (["removal", "--lrs=1e-3,2e-3", "--seeds=1,101"], "share a seed"), (["scaling", "--sizes=1@x"], "as in 2@100"),
-    (["removal", "--max_step=3"], "Did you mean 'max_steps'")])
+    (["removal", "--max_step=3"], "Did you mean 'max_steps'"),
+    (["free", "--reparam=or"], "cannot hold for every cell: baseline has reparam 'direct'"),
+    (["scaling", "--sizes=1", "--max_steps=9"], "cannot hold for every cell: baseline at 1x32 has max_steps")])
 def test_mistakes_are_refused_before_anything_runs(args, message, tiny):
     with pytest.raises(ConfigError, match=message):
         ablate.main([*args[:1], *tiny, *args[1:]] if args else [])
