@@ -353,7 +353,7 @@ def read_config(folder):
     said = read_json(path)
     try:
         if "model_type" not in said:
-            raise ConfigError("it is neither an exported model's nor a Hugging Face model's; export.py makes one of runs")
+            raise ConfigError("it is neither an export's nor a Hugging Face model's; export.py makes one of a run")
         name = said.get("nanoscale_tokenizer")
         return from_hf(said), name if name is None else check("nanoscale_tokenizer", name, str)
     except KeyError as e:

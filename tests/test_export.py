@@ -527,7 +527,7 @@ def damage(path, how):
         return "cannot be read as a checkpoint"
     if how == "a run's config":
         (path / "config.json").write_text(json.dumps({"settings": {}}))
-        return "neither an exported model's nor"
+        return "neither an export's nor"
     if how == "not json":
         (path / "config.json").write_text("{")
         return "not JSON"
