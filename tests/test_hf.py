@@ -245,7 +245,7 @@ NORM, EMBED, HEAD = "model.layers.0.input_layernorm.weight", "model.embed_tokens
 DAMAGES = [
     (unsay("vocab_size"), (), "'vocab_size' is missing"),
     (unsay("num_attention_heads"), (), "'num_attention_heads' is missing"),
-    (unsay("model_type"), (), "neither an exported model's nor a Hugging Face model's"),
+    (unsay("model_type"), (), "neither an export's nor a Hugging Face model's"),
     (lambda folder: (folder / "config.json").unlink(), (), "there is no config.json: neither an exported model nor a run"),
     (write("config.json", "{"), (), "config.json: not JSON"),
     (write("config.json", "[1]"), (), "holds no JSON object"),
