@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -220,6 +221,17 @@ def test_rows_of_other_code_are_named_and_compared_with_nothing():
     text = report(new, ("kept", 1e-3, {"base": [9.0, 9.0], "arm": [1.0, 1.0]}))
     assert text.splitlines()[:8] == report(new).splitlines()[:8]
     assert "4 rows of other settings, data, rates, seeds or code (old)" in text and "- code: abc\n" in text
+
+
+TABLES = [path for path in sorted((ROOT / "results").glob("*/results.md"))
+          if "`python ablate.py" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)
+def test_committed_tables_are_their_rows(path):
+    text = path.read_text("utf-8")
+    command = re.search("- Command: `(.*)`", text)[1]
+    assert text == ablate.report_text(ablate.read_csv(path.with_suffix(".csv")), command)
 
 
 # ---------------------------------------------------------------------------------------------------------------
