@@ -97,7 +97,7 @@ def test_kernels_around_a_gemm_compiled_are_kernels():
     cast, _, inputs = two_casts((), (341, 341), 768, ("uv", "uv"), False, torch.bfloat16, 8, 8)
     heads = our_heads(*tables(32, 64), 12, 4, "qkv")
     for f, inputs, douts in ((cast, inputs, [bf16(688, 768)]),
-                             (heads, [bf16(2, 32, 20 * 64), gamma(768), gamma(256), gamma(256)],
+                             (heads, [bf16(2, 32, 20 * 64), gamma(768), gamma(256)],
                               [bf16(2, 32, n, 64) for n in (12, 4, 4)])):
         eager = outputs_and_grads(f, inputs, douts, "triton")
         compiled = outputs_and_grads(torch.compile(f, fullgraph=True), inputs, douts, "triton")
