@@ -6,7 +6,8 @@ The work between the GEMMs: in plain PyTorch, for a CPU and for torch.compile, a
     qk_norm_rope   what stands between the q, k, v GEMM and attention
     swiglu         what stands between the gate, up GEMM and down
 
-Each function stands alone and picks one of its two ways itself; nothing here knows about models.
+Each function stands alone and picks one of its two ways itself; nothing here knows about models. scaled_cast has one
+way: of two kernels torch.compile's was the faster (results/bench/kernels_llama_0.12b.md).
 
 All of these move bytes and hardly compute, so a kernel is as good as the share of the memory's bandwidth that it
 reaches with every input read once and every output written once. Four rules hold for each:
@@ -28,7 +29,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import repeat
 from types import SimpleNamespace
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -335,195 +336,6 @@ def rms_norm(x, eps, gamma=None, residual=None, group=None):
     return y if residual is None else (y, total)
 
 
-TILE_ROWS, TILE_COLUMNS = 32, 128  # of a weight, for a program: small, so that 768 × 768 make one for each processor
-
-
-@jit
-def _scaled_cast_kernel(w, u, v, out, N: tl.constexpr, K: tl.constexpr, PADDED_N: tl.constexpr,
-                        PADDED_K: tl.constexpr, W_MATRIX: tl.constexpr, W_ROW: tl.constexpr, U_MATRIX: tl.constexpr,
-                        V_MATRIX: tl.constexpr, OUT_MATRIX: tl.constexpr, OUT_ROW: tl.constexpr, ROWS: tl.constexpr,
-                        COLUMNS: tl.constexpr):
-    """
-    out = u ⊙ W ⊙ v in out's dtype for one branch, and zeros around it, up to PADDED_N rows and PADDED_K columns. u and
-    v may be None.
-
-    Bytes for a weight: 4 read and 2 written (bf16), as a cast alone. u and v come from the cache.
-    Nothing here depends on a neighbour, so a program is a tile. All of its accesses are along rows, which is how both
-    matrices lie in memory; grid axis 0, the one that runs first, goes along the row too. W is (matrices, N, K), and
-    out is a slice of what the GEMM reads, so that nothing has to be put together afterwards.
-    """
-    matrix = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < N)[:, None] & (column < K)[None, :]
-    w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if v is not None:
-        w_ *= tl.load(v + matrix * V_MATRIX + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
-    if u is not None:
-        w_ *= tl.load(u + matrix * U_MATRIX + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-    w_ = tl.where(inside, w_, 0.0)  # where u is infinite, the padding is 0 · ∞ by now
-    tl.store(out + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], w_.to(out.dtype.element_ty),
-             mask=(row < PADDED_N)[:, None] & (column < PADDED_K)[None, :])
-
-
-@jit
-def _scaled_cast_backward_kernel(dout, w, u, v, dw, du, dv, N: tl.constexpr, K: tl.constexpr, OUT_MATRIX: tl.constexpr,
-                                 OUT_ROW: tl.constexpr, W_MATRIX: tl.constexpr, W_ROW: tl.constexpr,
-                                 U_MATRIX: tl.constexpr, V_MATRIX: tl.constexpr, DU_ROW: tl.constexpr,
-                                 DV_MATRIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """
-    With G the gradient of out: dW = u ⊙ G ⊙ v, du = the sums along rows of G ⊙ W ⊙ v, dv = the sums along columns of
-    u ⊙ G ⊙ W. Any of the three may be None, and is then not computed.
-
-    Bytes for a weight: 6 read (G in bf16, W) and 4 written (dW), whether du and dv are due or not. A pass for each of
-    the three would move 18.
-    A tile leaves its share of the sums: a number for each of its rows in du, (matrices, N, DU_ROW), and for each of
-    its columns in dv, (matrices, row tiles, K). They are added up after the kernel. A program with whole rows would
-    have du complete, but 768 rows are too few for that to occupy a GPU. The shares are 4 / COLUMNS + 4 / ROWS bytes
-    for a weight, first written, then read: 3% of the traffic.
-    """
-    matrix = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < N)[:, None] & (column < K)[None, :]
-    g = tl.load(dout + matrix * OUT_MATRIX + row[:, None] * OUT_ROW + column[None, :], mask=inside, other=0.0)
-    g = g.to(tl.float32)
-    gu, gv, guv = g, g, g
-    if v is not None:
-        v_ = tl.load(v + matrix * V_MATRIX + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
-        gv = g * v_
-        guv = gv
-    if u is not None:
-        u_ = tl.load(u + matrix * U_MATRIX + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-        gu = g * u_
-        guv = gv * u_
-    if dw is not None:
-        tl.store(dw + matrix * (N * K) + row[:, None] * K + column[None, :], guv.to(dw.dtype.element_ty), mask=inside)
-    if du is not None or dv is not None:
-        w_ = tl.load(w + matrix * W_MATRIX + row[:, None] * W_ROW + column[None, :], mask=inside, other=0.0)
-        w_ = w_.to(tl.float32)
-        if du is not None:
-            tl.store(du + (matrix * N + row) * DU_ROW + tl.program_id(0), tl.sum(gv * w_, axis=1), mask=row < N)
-        if dv is not None:
-            tl.store(dv + matrix * DV_MATRIX + tl.program_id(1).to(tl.int64) * K + column, tl.sum(gu * w_, axis=0),
-                     mask=column < K)
-
-
-def _stack(x, dims):
-    """x as a stack of its last `dims` dimensions, and the distance from one to the next: 0 where all share one."""
-    x = x.unsqueeze(0).flatten(0, -1 - dims)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, 0 if x.size(0) == 1 else x.stride(0)
-
-
-def _branches(buffer, weights, us, u_of, vs, v_of, align):
-    """For each branch: its slice of the buffer, its weight, u and v, and the constants that both kernels take."""
-    buffer, out_matrix = _stack(buffer, 2)
-    at = 0
-    for weight, i, j in zip(weights, u_of, v_of):
-        (w, w_matrix), n = _stack(weight, 2), weight.size(-2)
-        u, u_matrix = (None, 0) if i < 0 else _stack(us[i], 1)
-        v, v_matrix = (None, 0) if j < 0 else _stack(vs[j], 1)
-        yield buffer[:, at:at + n + -n % align], w, u, v, dict(
-            N=n, K=w.size(2), W_MATRIX=w_matrix, W_ROW=w.stride(1), U_MATRIX=u_matrix, V_MATRIX=v_matrix,
-            OUT_MATRIX=out_matrix, OUT_ROW=buffer.stride(1), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS)
-        at += n + -n % align
-
-
-@torch.library.custom_op("nanoscale::scaled_cast", mutates_args=())
-def _scaled_cast(weights: Sequence[Tensor], us: Sequence[Tensor], u_of: Sequence[int], vs: Sequence[Tensor],
-                 v_of: Sequence[int], dtype: torch.dtype, align: int, align_columns: int) -> Tensor:
-    # u_of, v_of: which of us and vs is each weight's, or -1. A list with None in it gets no gradients from torch.
-    out = _empty_buffer(weights, dtype, align, align_columns)
-    for part, w, u, v, constants in _branches(out, weights, us, u_of, vs, v_of, align):
-        matrices, n, k = part.shape
-        _launch(_scaled_cast_kernel, (triton.cdiv(k, TILE_COLUMNS), triton.cdiv(n, TILE_ROWS), matrices), w, u, v, part,
-                PADDED_N=n, PADDED_K=k, num_warps=4, **constants)
-    return out
-
-
-@_scaled_cast.register_fake
-def _(weights, us, u_of, vs, v_of, dtype, align, align_columns):
-    return _empty_buffer(weights, dtype, align, align_columns)
-
-
-def _empty_buffer(weights, dtype, align, align_columns):
-    n, k = sum(w.size(-2) + -w.size(-2) % align for w in weights), weights[0].size(-1)
-    return weights[0].new_empty((*weights[0].shape[:-2], n, k + -k % align_columns), dtype=dtype)
-
-
-@torch.library.custom_op("nanoscale::scaled_cast_backward", mutates_args=())
-def _scaled_cast_backward(dout: Tensor, weights: Sequence[Tensor], us: Sequence[Tensor], u_of: Sequence[int],
-                          vs: Sequence[Tensor], v_of: Sequence[int], align: int, w_due: Sequence[bool],
-                          u_due: Sequence[bool], v_due: Sequence[bool]) -> List[Tensor]:
-    # The gradients that are due, of weights, us and vs in this order.
-    matrices, k = weights[0].shape[:-2].numel(), weights[0].size(-1)
-    row_tiles, column_tiles = [triton.cdiv(w.size(-2), TILE_ROWS) for w in weights], triton.cdiv(k, TILE_COLUMNS)
-    dws = [w.new_empty(w.shape) if due else None for w, due in zip(weights, w_due)]
-    # Branches that share a vector leave their tiles' sums beside each other, and one sum over them is its gradient.
-    dus = [u.new_empty((matrices, u.size(-1), column_tiles * u_of.count(i)), dtype=torch.float32) if due else None
-           for i, (u, due) in enumerate(zip(us, u_due))]
-    dvs = [v.new_empty((matrices, sum(t for t, of in zip(row_tiles, v_of) if of == j), k), dtype=torch.float32)
-           if due else None for j, (v, due) in enumerate(zip(vs, v_due))]
-    u_at, v_at = [0] * len(us), [0] * len(vs)
-    branches = _branches(dout, weights, us, u_of, vs, v_of, align)
-    for (part, w, u, v, constants), dw, i, j, tiles in zip(branches, dws, u_of, v_of, row_tiles):
-        du = dv = None
-        if i >= 0 and u_due[i]:
-            du = dus[i][:, :, u_at[i]:]
-            u_at[i] += column_tiles
-        if j >= 0 and v_due[j]:
-            dv = dvs[j][:, v_at[j]:]
-            v_at[j] += tiles
-        _launch(_scaled_cast_backward_kernel, (column_tiles, tiles, matrices), part, w, u, v, dw, du, dv,
-                DU_ROW=0 if du is None else du.stride(1), DV_MATRIX=0 if dv is None else dv.stride(0), num_warps=4,
-                **constants)
-    dus = [None if du is None else du.sum((0, 2) if u.dim() == 1 else 2).view(u.shape).to(u.dtype)
-           for u, du in zip(us, dus)]
-    dvs = [None if dv is None else dv.sum((0, 1) if v.dim() == 1 else 1).view(v.shape).to(v.dtype)
-           for v, dv in zip(vs, dvs)]
-    return [d for d in (*dws, *dus, *dvs) if d is not None]
-
-
-@_scaled_cast_backward.register_fake
-def _(dout, weights, us, u_of, vs, v_of, align, w_due, u_due, v_due):
-    inputs = zip((*weights, *us, *vs), (*w_due, *u_due, *v_due))
-    return [x.new_empty(x.shape) for x, due in inputs if due]
-
-
-def _scaled_cast_context(ctx, inputs, output):
-    weights, us, ctx.u_of, vs, ctx.v_of, _, ctx.align, _ = inputs
-    ctx.splits = len(weights), len(weights) + len(us)
-    ctx.save_for_backward(*weights, *us, *vs)
-
-
-def _scaled_cast_gradients(ctx, dout):
-    a, b = ctx.splits
-    saved = ctx.saved_tensors
-    w_due, u_due, v_due = (list(ctx.needs_input_grad[i]) for i in (0, 1, 3))
-    due = iter(_scaled_cast_backward(dout, saved[:a], saved[a:b], ctx.u_of, saved[b:], ctx.v_of, ctx.align, w_due,
-                                     u_due, v_due))
-    dws, dus, dvs = ([next(due) if wanted else None for wanted in part] for part in (w_due, u_due, v_due))
-    return dws, dus, None, dvs, None, None, None, None
-
-
-_scaled_cast.register_autograd(_scaled_cast_gradients, setup_context=_scaled_cast_context)
-
-
-def _distinct(vectors):
-    """[a, None, a, b] as [a, b] and where in it each is, [0, -1, 0, 1]: a vector that is shared gets one gradient."""
-    distinct, of = [], []
-    for x in vectors:
-        if x is None:
-            of.append(-1)
-            continue
-        at = [i for i, other in enumerate(distinct) if other is x]
-        of.append(at[0] if at else len(distinct))
-        if not at:
-            distinct.append(x)
-    return distinct, of
-
-
 def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
     """
     dtype(u ⊙ W ⊙ v) of each branch, one below the other: the matrix that a GEMM reads, scale vectors included.
@@ -536,13 +348,6 @@ def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
         give them that for nothing.
     Returns (..., sum of padded N_c, padded K); the weight itself where there is nothing to do.
     """
-    alone = len(weights) == 1 and us[0] is None and vs[0] is None
-    aligned = not any(w.size(-2) % align or w.size(-1) % align_columns for w in weights)
-    fits = all((u is None or u.shape in (w.shape[-2:-1], w.shape[:-1]))
-               and (v is None or v.shape in (w.shape[-1:], (*w.shape[:-2], w.size(-1))))
-               for w, u, v in zip(weights, us, vs))
-    if _use_triton(weights[0]) and dtype != torch.float64 and fits and not (alone and aligned):
-        return _scaled_cast(weights, *_distinct(us), *_distinct(vs), dtype, align, align_columns)
     parts = []
     for weight, u, v in zip(weights, us, vs):
         fill = -weight.size(-1) % align_columns, -weight.size(-2) % align

@@ -1,6 +1,6 @@
 """
-kernels.py's scaled_cast and qk_norm_rope, which stand before and after a GEMM, as Triton kernels. What test_kernels.py
-says of the interpreter holds here too.
+kernels.py's scaled_cast and qk_norm_rope, which stand before and after a GEMM, the second as a Triton kernel. What
+test_kernels.py says of the interpreter holds here too.
 """
 
 import itertools
@@ -31,7 +31,6 @@ import kernels
 from kernels import backend, qk_norm_rope, scaled_cast
 from model import rope_tables
 
-CAST = ["_scaled_cast_kernel", "_scaled_cast_backward_kernel"]
 ROPE = ["_qk_norm_rope_kernel", "_qk_norm_rope_backward_kernel"]
 
 
@@ -95,14 +94,11 @@ SHAPES = [((), (37, 70), 45), ((), (1, 33), 130), ((), (8, 16), 16), ((3,), (9, 
 @pytest.mark.parametrize("pattern,share", [(("", ""), False), (("v", "v"), True), (("v", "v"), False),
                                            (("uv", "uv"), False), (("u", "v"), False)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scaled_cast_against_float64(lead, ns, k, pattern, share, dtype, launched):
+def test_scaled_cast_against_float64(lead, ns, k, pattern, share, dtype):
     f, naive, inputs = two_casts(lead, ns, k, pattern, share, dtype, 8, 4)
     n_padded, k_padded = sum(n + -n % 8 for n in ns), k + -k % 4
     ours = against_float64(f, naive, inputs, [randn(*lead, n_padded, k_padded, dtype=dtype)], dtype)
     assert ours[0].dtype == dtype and [g.dtype for g in ours[1:]] == [torch.float32] * len(inputs)
-    with backend("torch"):
-        assert torch.equal(ours[0], f(*inputs))  # both scale in fp32 and round once
-    assert {*launched} == {*CAST}
 
 
 def test_the_padding_is_zero_and_nan_and_inf_stay_where_they_are():
@@ -121,74 +117,9 @@ def test_the_padding_is_zero_and_nan_and_inf_stay_where_they_are():
     assert not du.isfinite().any() and dv.isfinite().tolist() == [False] * 6  # column 4, row 2 are in each
 
 
-def test_scaled_cast_of_zeros_is_zeros():
-    f, _, inputs = two_casts((), (5, 3), 6, ("uv", "uv"), False, torch.float16, 1, 1)
-    inputs[:2] = [torch.zeros_like(w) for w in inputs[:2]]
-    out, *grads = outputs_and_grads(f, inputs, [randn(8, 6, dtype=torch.float16)], "triton")
-    assert (out == 0).all() and all(g.isfinite().all() for g in grads)
-
-
-def test_a_v_that_branches_share_gets_one_sum(launched):
-    ws, v, d = [randn(40, 10), randn(3, 10), randn(33, 10)], vector(10), randn(76, 10)
-    f = lambda *t: scaled_cast(list(t[:3]), [None] * 3, [t[3], None, t[3]], torch.float32)
-    *_, shared = outputs_and_grads(f, [*ws, v], [d], "triton")
-    expected = (ws[0] * d[:40]).sum(0) + (ws[2] * d[43:]).sum(0)
-    torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-5)
-    assert launched == [CAST[0]] * 3 + [CAST[1]] * 3
-
-
-def test_vectors_that_a_stack_shares_get_one_sum():
-    f = lambda w, u, v: scaled_cast([w], [u], [v], torch.float32)
-    inputs, d = [randn(3, 9, 10), vector(9), vector(10)], randn(3, 9, 10)
-    ours, theirs = (outputs_and_grads(f, inputs, [d], way) for way in ("triton", "torch"))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("wanted", [w for r in (1, 2) for w in itertools.combinations(range(5), r)])
-def test_only_the_gradients_that_are_due_are_computed(wanted, monkeypatch):
-    """Of two weights, u of the first, v of both: what others than the wanted would be is not even written."""
-    inputs = [randn(9, 10), randn(5, 10), vector(9), vector(10), vector(10)]
-    f = lambda a, b, u, v1, v2: scaled_cast([a, b], [u, None], [v1, v2], torch.float32)
-    d, asked, op = randn(14, 10), [], kernels._scaled_cast_backward
-    _, *every = outputs_and_grads(f, inputs, [d], "triton")
-
-    def record(*args):
-        asked.append([i for i, due in enumerate(itertools.chain(*args[-3:])) if due])
-        return op(*args)
-    monkeypatch.setattr(kernels, "_scaled_cast_backward", record)
-    inputs = [t.requires_grad_(i in wanted) for i, t in enumerate(inputs)]
-    with backend("triton"):
-        f(*inputs).backward(d)
-    assert asked == [list(wanted)]
-    for i, (t, expected) in enumerate(zip(inputs, every)):
-        if i in wanted:
-            torch.testing.assert_close(t.grad, expected)
-        else:
-            assert t.grad is None
-
-
-@pytest.mark.parametrize("layout", [strided, lambda t: t.mT.contiguous().mT, lambda t: torch.stack((t, -t), 1)[:, 0]])
-def test_scaled_cast_takes_any_layout(layout):
-    f = lambda w, u, v: scaled_cast([w], [u], [v], torch.float16, 8, 8)
-    inputs, d = [randn(3, 6, 10), vector(3, 6), vector(3, 10)], randn(3, 8, 16, dtype=torch.float16)
-    plain = outputs_and_grads(f, inputs, [d], "triton")
-    other = outputs_and_grads(f, [layout(t) for t in inputs], [layout(d)], "triton")
-    torch.testing.assert_close(other, plain)  # on a GPU sums may be taken in another order
-
-
-def test_nothing_to_do_is_done_by_no_kernel(launched):
-    w = randn(8, 16).requires_grad_()
-    with backend("triton"):
-        assert scaled_cast([w], [None], [None], torch.float32, 8, 8) is w
-        assert torch.equal(scaled_cast([w], [None], [None], torch.float16, 8, 8), w.half())
-        assert scaled_cast([w.double()], [None], [vector(16)], torch.float16).dtype == torch.float16
-        assert scaled_cast([w], [None], [vector(16)], torch.float64).dtype == torch.float64
-        assert launched == []
-        scaled_cast([w], [None], [None], torch.float32, 1, 32)
-        assert launched == CAST[:1]
-    launched.clear()
-    scaled_cast([w], [None], [vector(16)], torch.float16)
-    assert launched == CAST[:1] * GPU
+def test_a_weight_with_nothing_to_do_is_itself():
+    w = randn(8, 16)
+    assert scaled_cast([w], [None], [None], torch.float32, 8, 8) is w
 
 
 # -- qk_norm_rope -----------------------------------------------------------------------------------------------------
@@ -340,13 +271,6 @@ def test_inputs_and_arriving_gradients_are_left_as_they_were_and_runs_repeat_bit
 
 
 def test_opcheck():
-    ws, u, v = [randn(3, 5).requires_grad_(), randn(4, 5).requires_grad_()], vector(3), vector(5).requires_grad_()
-    for args in ((ws, [u], [0, -1], [v], [0, 0]), (ws, [], [-1, -1], [], [-1, -1])):
-        torch.library.opcheck(kernels._scaled_cast, (*args, torch.float16, 8, 8))
-        ws_, us, u_of, vs, v_of = ([t.detach() if isinstance(t, torch.Tensor) else t for t in part] for part in args)
-        due = [True, False], [True] * len(us), [True] * len(vs)
-        torch.library.opcheck(kernels._scaled_cast_backward,
-                              (randn(16, 8, dtype=torch.float16), ws_, us, u_of, vs, v_of, 8, *due))
     cos, sin = tables(3, 4)
     y, g = randn(2, 3, 16).requires_grad_(), vector(3, 4).requires_grad_()
     douts = [randn(2, 3, n, 4) for n in (2, 1, 1)]
@@ -387,6 +311,6 @@ def test_a_model_with_kernels_is_the_model_without(name, launched):
         with backend(way):
             _, loss = model(idx, targets)
             results[way] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-    assert {*CAST, *ROPE} <= {*launched}
+    assert {*ROPE} <= {*launched}
     for ours, theirs in zip(results["triton"], results["torch"]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

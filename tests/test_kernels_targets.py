@@ -16,8 +16,7 @@ from kernels import backend, rms_norm, swiglu
 
 targets = pytest.importorskip("targets")  # which imports Triton
 
-KERNELS = {f"_{name}{way}_kernel" for name in ("rms_norm", "swiglu", "scaled_cast", "qk_norm_rope")
-           for way in ("", "_backward")}
+KERNELS = {f"_{name}{way}_kernel" for name in ("rms_norm", "swiglu", "qk_norm_rope") for way in ("", "_backward")}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def compiled():
 @pytest.mark.parametrize("name", targets.SHARED)
 def test_every_launch_of_a_training_step_compiles_and_fits(name, compiled):
     rows = compiled[name]
-    assert {row[0] for row in rows} == KERNELS and len(rows) >= 60
+    assert {row[0] for row in rows} == KERNELS and len(rows) >= 35
     assert not [row[:2] for row in rows if row[1]]
     for kernel, _, shared, threads, _ in rows:
         assert shared <= targets.SHARED[name] * 1024 and threads <= 1024, kernel
@@ -42,11 +41,8 @@ def test_ptx_has_no_fp64_and_its_accesses_are_16_bytes_wide(compiled):
     assert {kernel for kernel, _ in ptxs} == KERNELS
     for kernel, ptx in ptxs:
         assert ".f64" not in ptx, kernel
-        if "scaled_cast" in kernel:  # a weight's tile, and one number for each of its rows
-            assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, kernel
-        else:
-            accesses = set(re.findall(r"(?:ld|st)\.global\S*", ptx))
-            assert accesses and all(".v4.b32" in access for access in accesses), (kernel, accesses)
+        accesses = set(re.findall(r"(?:ld|st)\.global\S*", ptx))
+        assert accesses and all(".v4.b32" in access for access in accesses), (kernel, accesses)
 
 
 class Broken:
