@@ -306,16 +306,16 @@ class Arm:
         loss = self.loss(*next(self.batches))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        loss, norm = torch.stack((loss.detach(), norm)).tolist()  # waits for the device, as train.py does
+        status = torch.stack((loss.detach(), norm))
         for optimizer in self.optimizers:
             optimizer.step()
+        loss, norm = status.tolist()  # waits for the device, as train.py does
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return loss
 
     def seconds(self, steps):
         """Median of some steps, one after the other."""
-        if self.device.type == "cuda":  # AdamW is launched after the wait, so that it counts in the step that follows
-            self.step()
         now = clock(self.device)
         times = [now()]
         for _ in range(steps):

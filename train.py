@@ -290,7 +290,7 @@ def main(s, config_files=()):
 def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, distributed=False, note=""):
     """The run itself, in the folder out, by settings that main completed: model, loop and report."""
     master = rank == 0  # prints and writes; the others only compute
-    device, dtype = machine.device, machine.dtype
+    device, dtype, fp16 = machine.device, machine.dtype, machine.dtype == "float16"
     share, micro, n_micro = batch_plan(s, world)
     step = first_step = skipped = 0
     ckpt = own_checkpoint(s, out / "ckpt.pt", fingerprint) if s.resume else None  # refused before memory is taken
@@ -300,12 +300,11 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
         return
     raw_model, optimizers = make_model(s, gpt_config(s, dtype), device, distributed)
     # the loss is multiplied, so that fp16 does not lose small gradients; in other dtypes it is left alone
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     if ckpt:
         step, skipped = restore(ckpt, out / "ckpt.pt", raw_model, optimizers, scaler)
         first_step, ckpt = step, None  # lets go of the file
-    model = torch.compile(raw_model) if machine.compile else raw_model
-    ddp_model = model
+    ddp_model = model = torch.compile(raw_model) if machine.compile else raw_model
     if distributed:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # for a new name that torch 2.11 does not know
@@ -384,20 +383,22 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
-                # The one place where the CPU waits for the device. It costs the launch of the next step's first kernels
-                # and buys that no optimizer step ever runs on a NaN.
                 status = torch.stack((loss_sum / world, norm / world, norm.new_tensor(float(bool(signals)))))
                 if distributed:
                     dist.all_reduce(status)
+                # The CPU waits for the device in tolist() alone, the optimizer's step launched before: a NaN ends the run
+                # and is not saved. fp16 looks first, since a step with an overflow is left out.
+                for optimizer in optimizers if not fp16 else ():
+                    optimizer.step()
                 train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
                 scaler.update()
-                overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() >= 1
+                overflow = fp16 and not math.isfinite(norm) and scaler.get_scale() >= 1
                 if not math.isfinite(train_loss) or not (math.isfinite(norm) or overflow):
                     raise Diverged(f"step {step}: loss {train_loss}, gradient norm {norm}. Try a lower --lr, a longer "
                                    f"--warmup_steps or another --seed; {s.out_dir} keeps what was saved before")
                 skipped += overflow
                 for optimizer in optimizers:
-                    if not overflow:
+                    if fp16 and not overflow:
                         optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 if s.n_experts:
