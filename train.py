@@ -386,8 +386,8 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
                 status = torch.stack((loss_sum / world, norm / world, norm.new_tensor(float(bool(signals)))))
                 if distributed:
                     dist.all_reduce(status)
-                # The CPU waits for the device in tolist() alone, with the optimizer's step launched. A NaN ends the run, and
-                # is not saved. fp16 looks first, since a step with an overflow is left out.
+                # The CPU waits for the device in tolist() alone, with the optimizer's step launched. A NaN ends the run
+                # and is not saved. fp16 looks first, since a step with an overflow is left out.
                 for optimizer in optimizers if not fp16 else ():
                     optimizer.step()
                 train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
