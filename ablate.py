@@ -40,6 +40,7 @@ import torch
 
 from configurator import ConfigError, Count, check, configure, help_text, read_json, refuse, streams
 from data.tokens import DataError, Tokens, data_folder, vocabulary
+from devices import pick_device
 from model import GPT
 from runs import code_hash, lock, replacing, write_whole
 from settings import Settings, batch_plan, gpt_config
@@ -224,13 +225,16 @@ def meta_model(s):
 
 
 def settings_of(words):
-    """Settings from train.py's arguments, the vocabulary its data's and the embedded data there. Raises ConfigError."""
+    """
+    Settings from train.py's arguments, the vocabulary its data's and the embedded data there. Their dtype is that of
+    this machine, so that no arm in bf16 is compared with one in fp32 from elsewhere. Raises ConfigError.
+    """
     s, _ = configure(Settings, words)
     folder = data_folder(s.dataset)
     if s.dataset == "pysrc" and not (folder / "meta.json").exists():
         from data.pysrc.prepare import prepare
         prepare()
-    return replace(s, vocab_size=s.vocab_size or vocabulary(folder), sample_tokens=0)
+    return replace(s, vocab_size=s.vocab_size or vocabulary(folder), dtype=pick_device(s).dtype, sample_tokens=0)
 
 
 def make_arms(named, opt, code):

@@ -79,6 +79,15 @@ def test_other_data_or_settings_are_other_cells(tiny):
     assert not here & folders()
 
 
+def test_another_dtype_is_another_cell_whether_a_flag_or_the_machine_chose_it(tiny, monkeypatch):
+    here, flag = cells_of("removal", *tiny), cells_of("removal", *tiny, "--dtype=bfloat16")
+    assert {c.settings.dtype for c in here.values()} == {"float32"}
+    monkeypatch.setattr(ablate, "pick_device", lambda s: SimpleNamespace(dtype="bfloat16"))
+    gpu = cells_of("removal", *tiny)
+    assert {c.folder for c in gpu.values()} == {c.folder for c in flag.values()}
+    assert not {c.folder for c in gpu.values()} & {c.folder for c in here.values()}
+
+
 @pytest.mark.parametrize("file", runs.CODE)
 def test_other_code_makes_other_cells_and_other_words_do_not(file, tmp_path, monkeypatch):
     for name in runs.CODE:
@@ -125,7 +134,7 @@ def test_scaling_counts_tokens_by_the_baselines_parameters(tiny):
     (["removal", "--jobs=0"], "jobs must be at least 1"), (["removal", "--n_head=3"], "not divisible by n_head"),
     (["removal", "--batch_tokens=33"], "not divisible by block_size"), (["a/x.py,b/x.py"], "of different names"),
     (["removal", "--lrs=1e-3,2e-3", "--seeds=1,101"], "share a seed"), (["scaling", "--sizes=1@x"], "as in 2@100"),
-    (["removal", "--max_step=3"], "Did you mean 'max_steps'"),
+    (["removal", "--device=cuda:99"], "cannot be used here"), (["removal", "--max_step=3"], "Did you mean 'max_steps'"),
     (["free", "--reparam=or"], "cannot hold for every cell: baseline has reparam 'direct'"),
     (["scaling", "--sizes=1", "--max_steps=9"], "cannot hold for every cell: baseline at 1x32 has max_steps")])
 def test_mistakes_are_refused_before_anything_runs(args, message, tiny):
@@ -299,9 +308,9 @@ def test_divergence_is_a_result_and_failure_is_not(tiny, capsys):
         out = capsys.readouterr().out
         assert "Diverged: unified at lr 0.002, seed 1." in out and "unified does not count" in out
         assert ablate.read_csv("out/ablate/unified/results.csv")[0]["val_loss"] == "inf"
-    assert ablate.main([ONE, "--seeds=1", "--device=cuda:99", "--out=elsewhere", *tiny]) == 1
+    assert ablate.main([ONE, "--seeds=1", "--init_from=nowhere", "--out=elsewhere", *tiny]) == 1
     captured = capsys.readouterr()
-    assert captured.err.count("ablate.py: failed: ") == 1 and "cannot be used here" in captured.err
+    assert captured.err.count("ablate.py: failed: ") == 1 and "nowhere" in captured.err
     assert "No cell is finished yet" in captured.out
 
 
