@@ -118,7 +118,8 @@ def pick_device(s):
         device = torch.device(name if name != "cuda" else f"cuda:{local_rank}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ConfigError(f"device {s.device!r} cannot be used here: {str(e).splitlines()[0]}") from None
+        why = str(e).splitlines()[0].partition(". ")[0]  # torch may go on for a page
+        raise ConfigError(f"device {s.device!r} cannot be used here: {why}") from None
     if device.type == "mps" and world > 1:
         raise ConfigError("several processes can share CPUs or CUDA devices, not mps: add --device=cpu")
     gpu, dtype, why = device.type == "cuda", s.dtype, ""

@@ -360,6 +360,7 @@ def test_other_data_is_refused_on_resume(settings, tmp_path):
     (dict(dataset="./no/such/folder"), "no train tokens"),
     (dict(device="gpu"), "device must be auto"),
     (dict(device="cuda:77"), "cannot be used here"),
+    (dict(device="mps:77"), "cannot be used here: .{,150}$"),
 ])
 def test_impossible_settings_are_refused_before_anything_is_written(settings, kw, message, capsys):
     s = settings(**kw)
