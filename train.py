@@ -266,7 +266,8 @@ def main(s, config_files=()):
     rank, world, distributed = processes()
     machine = pick_device(s)
     device = machine.device
-    claim_out_dir(s)
+    if not s.dry_run:  # which writes nothing
+        claim_out_dir(s)
     init_tokenizer, init_note = adopt(s) if s.init_from else (None, "")
     batch_plan(s, world)
     if s.dry_run:

@@ -426,6 +426,13 @@ def test_every_config_file_dry_runs(path, capsys):
         assert int(printed["params"]) / 1e9 == pytest.approx(float(size), rel=0.05)
 
 
+def test_a_dry_run_does_not_mind_the_run_in_its_folder(settings, capsys):
+    main(settings())
+    before = log(settings())
+    main(settings(dry_run=True))
+    assert "scale_params: " in capsys.readouterr().out and log(settings()) == before
+
+
 def test_quickstart_and_baseline_are_the_defaults():
     for name in ("config/size/quickstart.py", "config/baseline.py"):
         assert configure(Settings, [str(ROOT / name)])[0] == Settings()
