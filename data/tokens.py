@@ -81,8 +81,8 @@ def open_tokens(path):
             raise DataError(f"{path}: not a file of tokens (magic {magic}, version {version}, and not {MAGIC}, "
                             f"{VERSION}); {again}")
         if n_tokens < 1 or size != HEADER_BYTES + 2 * n_tokens:
-            raise DataError(f"{path}: truncated or damaged: the header counts {n_tokens} tokens, the file has room for "
-                            f"{(size - HEADER_BYTES) / 2:g}; {again}")
+            raise DataError(f"{path}: truncated or damaged: the header counts {n_tokens} tokens, which make "
+                            f"{HEADER_BYTES + 2 * n_tokens} bytes, and it has {size}; {again}")
         content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return np.frombuffer(content, "<u2", offset=HEADER_BYTES), content
 
