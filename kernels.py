@@ -707,29 +707,30 @@ activation = F.silu  # of gate; with another one here, such as F.gelu, the formu
 
 
 class _NormedSwiGLU(torch.autograd.Function):
-    # Written out for a CPU without a compiler: autograd makes a pass over memory for each of some 20 operations, and
-    # keeps five copies of the rows. This goes through all of them with a block of rows that stays in the cache, and
-    # keeps y and its result. In the quickstart it takes three quarters of the time.
+    # Written out for a CPU: autograd makes a pass over memory for each of some 20 operations, and keeps five copies of
+    # the rows. This goes through all of them with a block of rows that stays in the cache, and keeps y and its result.
+    # A compiler gets all rows at once, to make two loops of it. Zeros after channel n stay zeros.
 
     @staticmethod
     def blocks(gamma, *tensors):
         """Views of 256 rows of each tensor, γ's first: the same for all rows, or a row for each."""
-        gammas = gamma.split(256) if gamma is not None and gamma.dim() > 1 else repeat(gamma)
-        return zip(gammas, *(t.split(256) for t in tensors))
+        size = max(1, len(tensors[0])) if torch.compiler.is_compiling() else 256
+        gammas = gamma.split(size) if gamma is not None and gamma.dim() > 1 else repeat(gamma)
+        return zip(gammas, *(t.split(size) for t in tensors))
 
     @staticmethod
     def forward(ctx, y, n, eps, gamma):
-        m = y.size(-1) // 2
-        h = y.new_zeros(*y.shape[:-1], m) if m > n else y.new_empty(*y.shape[:-1], m)
-        wide = _statistics_dtype(y)
-        r = y.new_empty(2, *y.shape[:-1], 1, dtype=wide).flatten(1, -2)  # of gate and of up
-        for g, y_, h_, r_gate, r_up in _NormedSwiGLU.blocks(gamma, _rows(y), _rows(h), *r):
-            gate, up = y_[:, :n].to(wide), y_[:, m:m + n].to(wide)
-            for x, r_ in ((gate, r_gate), (up, r_up)):
-                torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=r_).square_().div_(n).add_(eps).rsqrt_()
+        m, wide = y.size(-1) // 2, _statistics_dtype(y)
+        gamma = gamma if gamma is None or m == n else F.pad(gamma, (0, m - n))
+        h, r = y.new_empty(*y.shape[:-1], m), []
+        for g, y_, h_ in _NormedSwiGLU.blocks(gamma, _rows(y), _rows(h)):
+            gate, up = y_.to(wide).chunk(2, dim=-1)
+            r_gate, r_up = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(n).add_(eps).rsqrt_()
+                            for x in (gate, up))
+            r.append((r_gate, r_up))
             a = gate * r_gate if g is None else (gate * r_gate).mul_(g)
-            h_[:, :n] = F.silu(a, inplace=True).mul_(up).mul_(r_up)
-        ctx.save_for_backward(y, gamma, h, r)
+            torch.mul(F.silu(a, inplace=True).mul_(up), r_up, out=h_)
+        ctx.save_for_backward(y, gamma, h, *map(torch.cat, zip(*r)))
         ctx.n = n
         return h
 
@@ -738,25 +739,24 @@ class _NormedSwiGLU(torch.autograd.Function):
     def backward(ctx, dh):
         # With N = N(gate), a = γ ⊙ N and h = silu(a) ⊙ N(up): the gradients of two norms (see _RMSNorm) and of SwiGLU.
         # The mean in that of up is one of dh ⊙ h, so N(up) itself is not needed.
-        y, gamma, h, r = ctx.saved_tensors
-        n, m, wide = ctx.n, y.size(-1) // 2, r.dtype
-        dy, dgammas = y.new_zeros(y.shape) if m > n else y.new_empty(y.shape), []
+        y, gamma, h, *r = ctx.saved_tensors
+        dy, dgammas, n, wide = y.new_empty(y.shape), [], ctx.n, r[0].dtype
         for g, y_, dy_, h_, dh_, r_gate, r_up in _NormedSwiGLU.blocks(gamma, *map(_rows, (y, dy, h, dh)), *r):
-            gate, up, h_, dh_ = (t.to(wide) for t in (y_[:, :n], y_[:, m:m + n], h_[:, :n], dh_[:, :n]))
+            gate, up, h_, dh_ = (*y_.to(wide).chunk(2, dim=-1), h_.to(wide), dh_.to(wide))
             N = gate * r_gate
             a = N if g is None else N * g
             dup = dh_ * r_up
             da = torch.ops.aten.silu_backward(dup * up, a)
             c = (dh_ * h_).sum(-1, keepdim=True).mul_(r_up).mul_(r_up).div_(-n)
-            dy_[:, m:m + n] = dup.mul_(F.silu(a)).addcmul_(up, c)
+            dup.mul_(F.silu(a)).addcmul_(up, c)
             if g is not None:
                 dgammas.append((da * N).sum_to_size(g.shape))
                 da.mul_(g)
             c = (da * N).sum(-1, keepdim=True).div_(-n)
-            dy_[:, :n] = da.addcmul_(N, c).mul_(r_gate)
+            torch.cat((da.addcmul_(N, c).mul_(r_gate), dup), -1, out=dy_)
         if gamma is None:
             return dy, None, None, None
-        return dy, None, None, torch.cat(dgammas) if gamma.dim() > 1 else torch.stack(dgammas).sum(0)
+        return dy, None, None, (torch.cat(dgammas) if gamma.dim() > 1 else torch.stack(dgammas).sum(0))[..., :n]
 
 
 def swiglu(y, n, eps=0.0, normed=False, gamma=None):
@@ -774,7 +774,7 @@ def swiglu(y, n, eps=0.0, normed=False, gamma=None):
     if not normed:
         gate, up = y.chunk(2, dim=-1)
         return activation(gate) * up
-    if written_out and not (y.is_cuda or torch.compiler.is_compiling()):
+    if written_out and not y.is_cuda:
         return _NormedSwiGLU.apply(y, n, eps, gamma)
     gate, _, up, _ = y.split([n, m - n, n, m - n], dim=-1)
     h = activation(rms_norm(gate, eps, gamma)) * rms_norm(up, eps)

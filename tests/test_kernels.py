@@ -129,6 +129,20 @@ def test_swiglu_against_float64(shape, n, normed, with_gamma, dtype, launched):
     assert (ours[0][..., n:] == 0).all() and (ours[1][..., n:m] == 0).all() and (ours[1][..., m + n:] == 0).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("of_gamma", [None, (10,), (600, 10)])
+def test_the_written_out_swiglu_block_by_block_and_compiled(of_gamma, compiled):
+    y = F.pad(randn(600, 2, 10), (0, 2)).flatten(1)  # the third block of 256 rows is not whole
+    inputs, f = [y, None if of_gamma is None else torch.rand(of_gamma, device=DEVICE) + 0.5], our_swiglu(10, True)
+    ours = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
+    d = randn(600, 12)
+    got = outputs_and_grads(ours, inputs, [d], "torch")
+    plain = outputs_and_grads(naive_swiglu(10, True), inputs, [d], "torch")
+    exact = outputs_and_grads(naive_swiglu(10, True), [t if t is None else t.double() for t in inputs], [d.double()],
+                              "torch")
+    assert_as_good(got, plain, exact, torch.float32)
+
+
 def test_the_gradient_of_a_sum_or_norm_that_is_not_used():
     x, residual, g, d = randn(5, 24), randn(5, 24), gamma(24), randn(5, 24)
     for douts in ([d, None], [None, d]):
