@@ -83,7 +83,8 @@ def plot_ablation(folder, arms):
                                          for name, a in compared.items()])
     ax.invert_yaxis()
     ax.grid(False, axis="y")
-    seeds = len(next(iter(compared.values()))["losses"])
+    pairs = [a["pairs"] for a in compared.values()]
+    seeds = " to ".join(map(str, sorted({min(pairs), max(pairs)})))
     against = f"{references.pop()}'s" if len(references) == 1 else "the reference's"
     figure.supxlabel(f"validation loss minus {against}, nats (95% interval over {seeds} paired seeds); "
                      "filled: better or worse by the corrected test", fontsize="medium")  # the axis may be too short
