@@ -709,7 +709,7 @@ activation = F.silu  # of gate; with another one here, such as F.gelu, the formu
 class _NormedSwiGLU(torch.autograd.Function):
     # Written out for a CPU: autograd makes a pass over memory for each of some 20 operations, and keeps five copies of
     # the rows. This goes through all of them with a block of rows that stays in the cache, and keeps y and its result.
-    # A compiler gets all rows at once, to make two loops of it. Zeros after channel n stay zeros.
+    # A compiler gets all rows at once, to make two loops of it.
 
     @staticmethod
     def blocks(gamma, *tensors):
@@ -721,15 +721,14 @@ class _NormedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, n, eps, gamma):
         m, wide = y.size(-1) // 2, _statistics_dtype(y)
-        gamma = gamma if gamma is None or m == n else F.pad(gamma, (0, m - n))
-        h, r = y.new_empty(*y.shape[:-1], m), []
+        h, r = y.new_zeros(*y.shape[:-1], m) if m > n else y.new_empty(*y.shape[:-1], m), []
         for g, y_, h_ in _NormedSwiGLU.blocks(gamma, _rows(y), _rows(h)):
-            gate, up = y_.to(wide).chunk(2, dim=-1)
+            gate, up = y_[:, :n].to(wide), y_[:, m:m + n].to(wide)
             r_gate, r_up = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(n).add_(eps).rsqrt_()
                             for x in (gate, up))
             r.append((r_gate, r_up))
             a = gate * r_gate if g is None else (gate * r_gate).mul_(g)
-            torch.mul(F.silu(a, inplace=True).mul_(up), r_up, out=h_)
+            h_[:, :n] = F.silu(a, inplace=True).mul_(up).mul_(r_up)
         ctx.save_for_backward(y, gamma, h, *map(torch.cat, zip(*r)))
         ctx.n = n
         return h
@@ -740,9 +739,10 @@ class _NormedSwiGLU(torch.autograd.Function):
         # With N = N(gate), a = γ ⊙ N and h = silu(a) ⊙ N(up): the gradients of two norms (see _RMSNorm) and of SwiGLU.
         # The mean in that of up is one of dh ⊙ h, so N(up) itself is not needed.
         y, gamma, h, *r = ctx.saved_tensors
-        dy, dgammas, n, wide = y.new_empty(y.shape), [], ctx.n, r[0].dtype
+        n, m, wide = ctx.n, y.size(-1) // 2, r[0].dtype
+        dy, dgammas = y.new_empty(y.shape), []
         for g, y_, dy_, h_, dh_, r_gate, r_up in _NormedSwiGLU.blocks(gamma, *map(_rows, (y, dy, h, dh)), *r):
-            gate, up, h_, dh_ = (*y_.to(wide).chunk(2, dim=-1), h_.to(wide), dh_.to(wide))
+            gate, up, h_, dh_ = (t.to(wide) for t in (y_[:, :n], y_[:, m:m + n], h_[:, :n], dh_[:, :n]))
             N = gate * r_gate
             a = N if g is None else N * g
             dup = dh_ * r_up
@@ -753,10 +753,11 @@ class _NormedSwiGLU(torch.autograd.Function):
                 dgammas.append((da * N).sum_to_size(g.shape))
                 da.mul_(g)
             c = (da * N).sum(-1, keepdim=True).div_(-n)
-            torch.cat((da.addcmul_(N, c).mul_(r_gate), dup), -1, out=dy_)
+            zeros = da.new_zeros(len(da), m - n)
+            torch.cat((da.addcmul_(N, c).mul_(r_gate), zeros, dup, zeros), -1, out=dy_)
         if gamma is None:
             return dy, None, None, None
-        return dy, None, None, (torch.cat(dgammas) if gamma.dim() > 1 else torch.stack(dgammas).sum(0))[..., :n]
+        return dy, None, None, torch.cat(dgammas) if gamma.dim() > 1 else torch.stack(dgammas).sum(0)
 
 
 def swiglu(y, n, eps=0.0, normed=False, gamma=None):
