@@ -107,7 +107,7 @@ class Settings(GPTConfig):
     micro_batch: Count = 16  # sequences in a forward pass of one process, at most
     max_steps: Count = 700  # optimizer steps
     eval_interval: Count = 100  # steps between evaluations
-    eval_tokens: Count = 131072  # tokens of the validation split, always the same
+    eval_tokens: Whole = 131072  # tokens of an evaluation, spread evenly over the validation split; 0 is all of it
     log_interval: Count = 10  # steps between rows of the log
     save_interval: Count = 100  # steps between checkpoints
     # the run

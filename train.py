@@ -235,25 +235,20 @@ def to_device(arrays, device):
     return tuple(t.to(device) for t in tensors)
 
 
-def eval_windows(data, s):
-    """How many windows of the validation split hold its first eval_tokens; one at least."""
-    return min(data.n_windows, max(1, s.eval_tokens // s.block_size))
-
-
 @torch.no_grad()
 def evaluate(model, data, s, device, rank, world):
-    """Mean loss over the first eval_tokens of the validation split: the same tokens at every step, on any world."""
-    n = eval_windows(data, s)
+    """Mean loss over eval_tokens spread over all of the validation split: the same at every step, on any world."""
+    windows = data.spread(s.eval_tokens)
     total = 0.0
-    for first in range(rank * s.micro_batch, n, world * s.micro_batch):
-        count = min(s.micro_batch, n - first)
-        x, y = to_device(data.window(first, count), device)
-        total += model(x, y)[1].item() * count
+    for first in range(rank * s.micro_batch, len(windows), world * s.micro_batch):
+        batch = windows[first:first + s.micro_batch]
+        x, y = to_device(data.window(batch), device)
+        total += model(x, y)[1].item() * len(batch)
     if world > 1:
         total = torch.tensor(total, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         total = total.item()
-    return total / n
+    return total / len(windows)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -438,7 +433,7 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
 def report(s, model, val_data, val_loss, rate, device, world):
     """The closing block of `key: value` lines, a sample, and the command that draws the run. rate: tokens a second."""
     summary = {"val_loss": f"{val_loss:.4f}"}
-    if bytes_per_token := val_data.bytes_per_token(eval_windows(val_data, s)):
+    if bytes_per_token := val_data.bytes_per_token(val_data.spread(s.eval_tokens)):
         summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"
     summary.update(steps=s.max_steps, tokens=s.max_steps * s.batch_tokens, tokens_per_second=f"{rate:.0f}")
     if peak := peak_flops(device):

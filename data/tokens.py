@@ -318,30 +318,37 @@ class Tokens:
             start[mask] += offsets[shard[mask]]
         return self._read(shard, start)
 
-    def window(self, first, count):
+    def spread(self, n_tokens):
         """
-        Windows first … first + count - 1 of n_windows, in the order of the files, for evaluation.
-        Returns x, y: (count, block_size) int64. Raises IndexError past the end, DataError for a token >= vocab_size.
+        The windows for an evaluation on n_tokens (0 is all), (k,) int64: numbers floor((i + 1/2) n_windows / k) for
+        i < k, so that every part of the split counts alike. At least one window.
         """
-        if not 0 <= first <= first + count <= self.n_windows:
-            raise IndexError(f"windows {first} to {first + count - 1} of {self.n_windows}")
-        return self._read(*self._locate(np.arange(first, first + count), self.fixed_ends))
+        n = self.n_windows
+        k = min(n, max(1, n_tokens // self.block_size)) if n_tokens else n
+        return (2 * np.arange(k) + 1) * n // (2 * k)
 
-    def bytes_per_token(self, n_windows):
+    def window(self, windows):
         """
-        Mean bytes of text in a target of the first n_windows windows, float: what turns their mean loss in nats into
-        bits per byte. None where the tokenizer is not known or not to be had.
+        The windows of these numbers, (k,), counted through the files in order; the borders never move.
+        Returns x, y: (k, block_size) int64. Raises DataError for a token >= vocab_size.
+        """
+        return self._read(*self._locate(windows, self.fixed_ends))
+
+    def bytes_per_token(self, windows):
+        """
+        Mean bytes of text per target of the windows of these numbers, float: it turns their mean loss in nats into
+        bits per byte. None where the tokenizer is unknown or its files are missing.
         """
         try:
             tokenizer = load_tokenizer(self.tokenizer)
             lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(65536)])
             lengths[tokenizer.separator] = 0  # a token to predict, and no text
             step = max(1, 2 ** 20 // self.block_size)
-            total = sum(lengths[self.window(first, min(step, n_windows - first))[1]].sum()
-                        for first in range(0, n_windows, step))
+            total = sum(lengths[self.window(windows[first:first + step])[1]].sum()
+                        for first in range(0, len(windows), step))
         except DataError:
             return None
-        return float(total / (n_windows * self.block_size))
+        return float(total / (len(windows) * self.block_size))
 
     def _locate(self, windows, ends):
         """Numbers of windows (n,) -> their shards (n,) and first tokens (n,), given where each shard's windows end."""

@@ -302,14 +302,21 @@ def test_shortest_data(tmp_path, length):
 
 
 def test_evaluation_windows_are_in_order_and_apart(train):
-    x, y = train.window(0, train.n_windows)
+    x, y = train.window(np.arange(train.n_windows))
     # (1000 - 1) // 8 and (137 - 1) // 8 and one: the last window needs its target too.
     assert x[:, 0].tolist() == list(range(0, 992, B)) + list(range(1000, 1136, B)) + [1137]
     assert (y == x + 1).all()
-    assert (train.window(120, 7)[0] == x[120:127]).all()
-    for first, count in [(0, train.n_windows + 1), (-1, 1), (train.n_windows, 1)]:
-        with pytest.raises(IndexError):
-            train.window(first, count)
+    assert (train.window(np.array([120, 3]))[0] == x[[120, 3]]).all()
+
+
+def test_evaluation_is_spread_evenly_over_the_whole_split(train):
+    assert train.n_windows == 142
+    assert train.spread(5 * B).tolist() == train.spread(6 * B - 1).tolist() == [14, 42, 71, 99, 127]
+    assert train.spread(1).tolist() == [71]
+    for everything in (0, 142 * B, 10 ** 9):
+        assert train.spread(everything).tolist() == list(range(142))
+    for k in range(1, 143):
+        assert np.diff(train.spread(k * B), prepend=-1, append=142).min() >= 142 // k // 2
 
 
 def test_bytes_are_those_of_the_tokens_that_were_evaluated(tmp_path, tokenizer):
@@ -319,12 +326,12 @@ def test_bytes_are_those_of_the_tokens_that_were_evaluated(tmp_path, tokenizer):
         write(tmp_path / f"{name}.bin", [tokenizer.separator, *tokenizer.encode(text)])
     write_meta(tmp_path, tokenizer)
     data = Tokens(tmp_path, "val", B, 50257)
-    for n in (1, 7, (data.lengths[0] - 1) // B, data.n_windows):
-        targets = data.window(0, n)[1].ravel().tolist()
+    for windows in (data.spread(1), np.arange(7), data.spread(7 * B), data.spread(0)):
+        targets = data.window(windows)[1].ravel().tolist()
         text = b"".join(tokenizer.token_bytes(token) for token in targets if token != tokenizer.separator)
-        assert data.bytes_per_token(int(n)) == len(text) / (n * B)
+        assert data.bytes_per_token(windows) == len(text) / len(targets)
     if tokenizer.name == "gpt2":
-        assert data.bytes_per_token(7) == len(" international") != data.bytes_per_token(data.n_windows)
+        assert data.bytes_per_token(np.arange(7)) == len(" international") != data.bytes_per_token(data.spread(0))
 
 
 def test_bytes_are_counted_in_pieces_and_without_separators(tmp_path):
@@ -333,15 +340,15 @@ def test_bytes_are_counted_in_pieces_and_without_separators(tmp_path):
     write_meta(tmp_path, load_tokenizer("bytes"))
     data = Tokens(tmp_path, "val", 1024, 256)
     assert data.n_windows == 2048
-    assert data.bytes_per_token(2048) == (tokens[1:] != 0).mean()
-    assert data.bytes_per_token(1500) == (tokens[1:1500 * 1024 + 1] != 0).mean()
+    assert data.bytes_per_token(np.arange(2048)) == (tokens[1:] != 0).mean()
+    assert data.bytes_per_token(np.arange(1500)) == (tokens[1:1500 * 1024 + 1] != 0).mean()
 
 
 @pytest.mark.parametrize("meta", ['{"tokenizer": "mine", "bytes_per_token": 4}', '{"vocab_size": 9}', None])
 def test_bytes_of_tokens_that_nobody_knows(folder, meta):
     if meta:
         (folder / "meta.json").write_text(meta)
-    assert Tokens(folder, "val", B, 1200).bytes_per_token(2) is None
+    assert Tokens(folder, "val", B, 1200).bytes_per_token(np.arange(2)) is None
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -414,10 +421,11 @@ from data.tokens import *
 with BinWriter("train.bin") as out:
     out.write(range(50_000))
 data = Tokens(".", "train", 8, 50_000)
-data.{read}(0, data.n_windows if "{read}" == "window" else 1000)
+read = dict(batch=lambda: data.batch(0, 1000), window=lambda: data.window(np.arange(data.n_windows)))["{read}"]
+read()
 os.truncate("train.bin", 1024)
 try:
-    data.{read}(0, 1000)
+    read()
 except DataError as error:
     print(error)
 """
@@ -468,7 +476,7 @@ def test_meta_that_cannot_be_right_is_refused(folder, content):
 def test_what_nobody_reads_in_meta_may_be_anything(folder):
     (folder / "meta.json").write_text('{"vocab_size": 1200, "tokenizer": "bytes", "bytes_per_token": "bad", "x": [{}]}')
     data = Tokens(folder, "train", B, 1200)
-    assert data.tokenizer == "bytes" and data.bytes_per_token(3) > 0
+    assert data.tokenizer == "bytes" and data.bytes_per_token(np.arange(3)) > 0
 
 
 def test_a_folder_that_is_half_one_corpus_and_half_another_is_refused(folder):
@@ -496,7 +504,7 @@ def test_token_outside_the_vocabulary_is_refused_with_its_position(folder, read)
     write(folder / "train_1.bin", tokens)
     data = Tokens(folder, "train", B, 1200)
     with pytest.raises(DataError) as error:
-        getattr(data, read)(0, data.n_windows if read == "window" else 2 * data.windows_per_epoch)
+        data.window(np.arange(data.n_windows)) if read == "window" else data.batch(0, 2 * data.windows_per_epoch)
     one_line(error, str(folder / "train_1.bin"), "token 5000 at position 77", "1200", "python data/text/prepare.py")
 
 

@@ -79,7 +79,7 @@ POOLS = dict(
     optimizer=["adamw", "muon"], lr=[0.0, 1e-3, 1e30], scale_lr_mult=[0.0, 1e30], schedule=["cosine", "wsd", "constant"],
     min_lr_frac=[0.0, 1.0], warmup_steps=[0, 1, 10**9], decay_frac=[0.0, 1.0], weight_decay=[0.0, 1e30],
     beta1=[0.0, 0.9], beta2=[0.0, 0.95], grad_clip=[0.0, 1.0], batch_tokens=[1, 8, 16, 24, 10**7 + 1],
-    micro_batch=[1, 2, 10**6], max_steps=[1, 3], eval_interval=[1, 10**9], eval_tokens=[1, 64], log_interval=[1, 2],
+    micro_batch=[1, 2, 10**6], max_steps=[1, 3], eval_interval=[1, 10**9], eval_tokens=[0, 64], log_interval=[1, 2],
     save_interval=[1, 2], seed=[0, 2**32 - 1], sample_tokens=[0, 9], device=["cpu", "gpu", "meta", "cuda:99", ""],
     dataset=["CORPUS", "nothing", "", "./", "/"], out_dir=["RUN", "RUN/a/b", "FILE", "FILE/a", "n" * 300],
     dtype=["auto", "float32", "bfloat16"], shard_optimizer=[True, False],

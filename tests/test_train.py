@@ -172,15 +172,30 @@ def test_evaluation_uses_the_same_tokens_whatever_the_micro_batch(settings, corp
 
 # faults
 
+def test_evaluation_covers_the_whole_validation_split(settings, tmp_path, monkeypatch):
+    """The halves of this split differ, and so would the loss of either; here a target's loss is the target itself."""
+    with BinWriter(tmp_path / "val.bin") as out:
+        out.write(np.repeat([10, 30], 6400))
+    s = settings(vocab_size=256, micro_batch=3)
+    data = train.Tokens(tmp_path, "val", s.block_size, s.vocab_size)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda total: None)  # of two processes each returns its own part
+
+    def loss(rank, world):
+        return train.evaluate(lambda x, y: (None, y.double().mean()), data, s, torch.device("cpu"), rank, world)
+    for s.eval_tokens in (0, 8 * s.block_size, 100 * s.block_size):
+        assert loss(0, 1) == pytest.approx(20, abs=0.1)
+        assert loss(0, 2) + loss(1, 2) == pytest.approx(loss(0, 1), abs=1e-9)
+
+
 def test_bits_per_byte_are_those_of_the_tokens_that_were_evaluated(settings, corpus, tmp_path, capsys):
-    """Half of these validation tokens are separators, which are no text, and they come after the evaluated ones."""
+    """Half of these validation tokens are separators, which are not text, and they come after the others."""
     for split in ("train", "val"):
         with BinWriter(tmp_path / f"{split}.bin") as out:
             out.write(np.tile(np.arange(97, 105), 100))
             out.write(np.zeros(800 * (split == "val"), np.uint16))
     write_meta(tmp_path, load_tokenizer("bytes"))
-    # all are 99 windows of 16, and the first token is no target
-    for eval_tokens, bytes_per_token in ((512, 1), (10 ** 6, 799 / 1584)):
+    # all are 99 windows of 16, the first token is not a target, and the middle window is half text but for one byte
+    for eval_tokens, bytes_per_token in ((1, 15 / 16), (0, 799 / 1584)):
         out_dir = str(tmp_path / str(eval_tokens))
         main(settings(dataset=str(tmp_path), eval_tokens=eval_tokens, max_steps=2, out_dir=out_dir))
         printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
