@@ -55,12 +55,13 @@ def in_threads(function, items):
         pool.shutdown(cancel_futures=True)  # after Ctrl-C nothing is begun any more
 
 
-def write_corpus(files, out, tokenizer):
+def write_corpus(files, out, tokenizer, unit=str):
     """
     Tokenises files into out/train.bin, out/val.bin and out/meta.json. What was in the folder stays as it was until all
     is complete.
 
-    files: [(key, path)], the key ordering the files and deciding their split · tokenizer: 'bytes' or 'gpt2'
+    files: [(key, path)], in the order of their keys · tokenizer: 'bytes' or 'gpt2'
+    unit: maps a key to the name whose hash decides the split; files with one name stay on one side
     Raises DataError if no file holds text, or one cannot be read.
     """
     files, tok = sorted(files), load_tokenizer(tokenizer)
@@ -72,7 +73,7 @@ def write_corpus(files, out, tokenizer):
             if tokens is None:
                 skipped += 1
             else:
-                (val if goes_to_val(key) else train).write(tokens)
+                (val if goes_to_val(unit(key)) else train).write(tokens)
         if train.count + val.count == 0:
             raise DataError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; name other files")
         # Few files may all fall on one side.

@@ -176,6 +176,16 @@ def test_pysrc_is_the_same_wherever_python_is_installed(tmp_path, installation):
     assert made[0] == made[1] and set(made[0]) == {"train.bin", "val.bin", "meta.json"}
 
 
+def test_near_duplicates_stay_on_one_side_of_the_split(tmp_path, installation):
+    """Many of these would be in val by the hash of their own path."""
+    installation(tmp_path / "a")
+    for folder in ("encodings", "lib2to3/tests"):
+        tree(tmp_path / "a/stdlib" / folder, {f"table_{i}.py": f"table = {i}\n" for i in range(100)})
+    out = pysrc.prepare(tmp_path / "out")
+    assert sum("table" in document for document in documents(out / "train.bin")) == 200
+    assert any("library" in document for document in documents(out / "val.bin"))
+
+
 def test_pysrc_folders_and_a_python_without_source(tmp_path, installation, monkeypatch, gpt2):
     installation(tmp_path / "a")
     monkeypatch.setattr(pysrc, "HERE", tmp_path)

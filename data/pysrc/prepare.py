@@ -1,6 +1,7 @@
 """The Python source on this machine as a corpus: the standard library, or all that is installed. No network.
 
-Source that is not UTF-8 text is skipped. About 5% of the files go to validation, by a hash of their path.
+Source that is not UTF-8 text is skipped. About 5% of the files go to validation, by a hash of their path. Folders whose
+files are near-duplicates of each other (encodings, lib2to3) stay on one side of the split.
 """
 
 import sys
@@ -13,6 +14,17 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
 from configurator import Parser
 from data.corpus import command_line, home, write_corpus
 from data.tokens import HERE
+
+
+# More than half of the lines of a code page in encodings/ are in other code pages too; lib2to3 keeps two copies of the
+# grammar's test. No other folder of the standard library repeats itself so.
+UNITS = {"encodings", "lib2to3"}
+
+
+def unit(key):
+    """What goes to one side of the split as a whole: a file, or the folder of UNITS that it is in."""
+    top = key.partition("/")[0]
+    return top if top in UNITS else key
 
 
 def source_files(site_packages=False):
@@ -34,7 +46,7 @@ def source_files(site_packages=False):
 def prepare(out=None, tokenizer="bytes", site_packages=False):
     """Writes the corpus and returns its folder. Raises DataError."""
     out = out or HERE / ("pysrc" + "_gpt2" * (tokenizer == "gpt2") + "_site" * site_packages)
-    write_corpus(source_files(site_packages), out, tokenizer)
+    write_corpus(source_files(site_packages), out, tokenizer, unit)
     return out
 
 
