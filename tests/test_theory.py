@@ -1,23 +1,30 @@
 """
 The paper's theory as statements that run, on the project's own ScaleVector, Branches and GPT, in float64.
 
-Notation. A branch computes W̃ h with W̃ = diag(u) W diag(v). G is ∂L/∂W̃; w_j, w̃_j, G_j are columns. Gradient flow is
-θ̇ = −∂L/∂θ; `flow` takes one small step of torch's SGD along it and divides by its length.
+Theorem numbers are those of arXiv 2605.26895, v1; what has none is derived here. Notation: a branch computes W̃ h with
+W̃ = diag(u) W diag(v), and G is ∂L/∂W̃; w_j, w̃_j, G_j are columns. results/theory.py has the paper's setting, its
+gradient flow and the picture of these theorems.
 """
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from kernels import rms_norm
 from model import GPT
 from norms import Branches, ScaleVector
-from optim import param_groups
 from settings import GPTConfig
 
+sys.path.insert(0, str(ROOT / "results"))
+import theory  # noqa: E402, after the line above
+from theory import at_same_state, effective, flow, rate, student  # noqa: E402
+
 N_IN, N_OUT = 5, {"a": 3, "b": 4}
+TEACHERS = theory.teachers()
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +41,8 @@ def branches_of(n_in=N_IN, n_out=N_OUT, **kw):
     return b
 
 
-def effective(b):
-    """W̃ of every branch, (sum of n_out, n_in): what the branches make of the unit vectors."""
-    return torch.cat(b(torch.eye(b.weight["a"].size(1), dtype=torch.float64)), dim=-1).T
-
-
 def regression(b, n=64):
-    """A loss in W̃ that is not quadratic: E log cosh(W̃ h − t) over fixed h and t."""
+    """A loss in W̃ that is not quadratic, E log cosh(W̃ h − t) over fixed h and t, and h."""
     h = torch.randn(n, b.weight["a"].size(1), dtype=torch.float64)
     t = torch.randn(n, sum(b.n_out.values()), dtype=torch.float64)
     return lambda out: torch.log(torch.cosh(out - t)).sum(-1).mean(), h
@@ -52,8 +54,8 @@ def gradient(loss, h, w):
     return torch.autograd.grad(loss(h @ w.T), w)[0]
 
 
-def flow(module, loss, observe, dt=1e-6):
-    """d observe(module)/dt under gradient flow: one step of SGD, as training takes it, over its length."""
+def speed(module, loss, observe, dt=1e-6):
+    """d observe(module)/dt under gradient flow: one step of SGD over its length."""
     module = copy.deepcopy(module)
     before = observe(module).detach().clone()
     optimizer = torch.optim.SGD(module.parameters(), lr=dt)
@@ -62,14 +64,8 @@ def flow(module, loss, observe, dt=1e-6):
     return (observe(module).detach() - before) / dt
 
 
-def preconditioner(b, j):
-    """P_j as the code has it, (n, n): the speed of w̃_j for L = −W̃_ij, one column of P_j for each i."""
-    n = sum(b.n_out.values())
-    return torch.stack([flow(b, lambda m: -effective(m)[i, j], effective)[:, j] for i in range(n)], dim=1)
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Theorem: in a Pre-Norm net γ adds no expressivity. W̃ in W's place, without any γ, is the same function.
+# In a Pre-Norm net γ adds no expressivity: W̃ in W's place, without any γ, is the same function.
 
 
 @pytest.mark.parametrize("heterogeneous", [False, True])
@@ -98,8 +94,8 @@ def test_folding_scale_vectors_leaves_the_function_unchanged(arch, placement, he
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Theorem: gradient flow on (W, γ) moves column j of W̃ by −P_j G_j with P_j = γ_j² I + w_j w_jᵀ. A γ of its own
-# gives each branch its own P_j; a shared one couples the branches, w_j running through all of them.
+# Theorem 2.2: γ speeds up the flow. Column j of W̃ moves by −P_j G_j with P_j = γ_j² I + w_j w_jᵀ, whose eigenvalues are
+# γ_j² and γ_j² + ‖w_j‖². A γ of its own gives each branch its own P_j; a shared one couples the branches.
 
 
 def predicted(b):
@@ -112,76 +108,93 @@ def predicted(b):
 
 
 @pytest.mark.parametrize("heterogeneous", [False, True])
-def test_the_preconditioner(heterogeneous):
+def test_gamma_preconditions_each_column(heterogeneous):
     b = branches_of(heterogeneous=heterogeneous)
     for j, P in enumerate(predicted(b).detach()):
-        assert (preconditioner(b, j) - P).abs().max() < 1e-5
+        # for L = −W̃_ij the speed of w̃_j is column i of P_j
+        measured = torch.stack([speed(b, lambda m: -effective(m)[i, j], effective)[:, j] for i in range(7)], dim=1)
+        assert (measured - P).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("heterogeneous", [False, True])
-def test_a_run_on_W_and_gamma_is_a_preconditioned_run_on_the_product(heterogeneous, dt=2e-3, steps=500):
-    b = branches_of(heterogeneous=heterogeneous)
-    loss, h = regression(b)
-    start = product = plain = effective(b).detach()
-    optimizer = torch.optim.SGD(b.parameters(), lr=dt)
-    for _ in range(steps):
-        product = product - dt * torch.einsum("jik,kj->ij", predicted(b).detach(), gradient(loss, h, product))
-        plain = plain - dt * gradient(loss, h, plain)
-        optimizer.zero_grad()
-        loss(torch.cat(b(h), -1)).backward()
-        optimizer.step()
-    moved = (effective(b) - start).norm()
-    assert (effective(b) - product).norm() < 3e-3 * moved  # Euler's own error, of the order of dt
-    assert (effective(b) - plain).norm() > 0.1 * moved  # without γ the flow goes elsewhere
-
-
-def test_without_gamma_the_preconditioner_is_the_identity():
-    b = branches_of(scale_vectors=False)
-    assert (preconditioner(b, 1) - torch.eye(7)).abs().max() < 1e-8
-
-
-# Corollary: λ_min(P_j) ≥ γ_j², with equality where more than one output shares w_j; λ_max is γ_j² + ‖w_j‖².
-
-
-def test_the_preconditioners_eigenvalues():
-    b = branches_of()
-    w = torch.cat([b.weight[c] for c in b.n_out]).detach()
-    for j, g in enumerate(b.v["shared"]().tolist()):
-        P = preconditioner(b, j)
-        eigenvalues = torch.linalg.eigvalsh((P + P.T) / 2)
-        assert eigenvalues[0] >= g**2 - 1e-5
-        assert (eigenvalues[:-1] - g**2).abs().max() < 1e-5
-        assert abs(eigenvalues[-1] - g**2 - w[:, j].square().sum()) < 1e-5
-
-
-# Theorem: γ_j² − ‖w_j‖² does not change under the flow.
-
-
-@pytest.mark.parametrize("heterogeneous", [False, True])
-def test_the_gap_is_conserved(heterogeneous, dt=1e-3, steps=1000):
-    b = branches_of(heterogeneous=heterogeneous)
-    loss, h = regression(b)
-
-    def squares():
-        w = [b.weight[c].square().sum(0) for c in N_OUT]
-        if heterogeneous:
-            return torch.stack((torch.stack([b.v[c]().square() for c in N_OUT]), torch.stack(w))).detach()
-        return torch.stack((b.v["shared"]().square(), sum(w))).detach()
-
-    start = squares()
-    optimizer = torch.optim.SGD(b.parameters(), lr=dt)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss(torch.cat(b(h), -1)).backward()
-        optimizer.step()
-    moved = squares() - start
-    assert moved.abs().max() > 0.1
-    assert (moved[0] - moved[1]).abs().max() < 2e-3 * moved.abs().max()
+def test_with_gamma_the_loss_is_lower_at_all_times():
+    teacher = TEACHERS["any"].clone()
+    teacher[:, 0] = 0  # a column of zeros stays one, and gives no lead
+    plain, scaled = student("plain"), student("gamma")
+    without, with_it = (flow(branch, teacher, 4.0, 400) for branch in (plain, scaled))
+    for i, value in enumerate(without):
+        assert value == pytest.approx(teacher.square().sum().item() / 2 * math.exp(-2 * i / 100), rel=1e-6)
+    assert all(a < b for a, b in zip(with_it[1:], without[1:]))
+    squares = scaled.v["shared"]().square() - scaled.weight["w"].square().sum(0)
+    assert (squares - 1).abs().max() < 1e-6 and scaled.weight["w"].square().sum(0).max() > 0.5  # γ_j² − ‖w_j‖² is kept
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Theorem: dual placement preconditions columns and rows:
-# dW̃_ij/dt = −[u_i² v_j² G_ij + W̃_ij (⟨w̃_j, G_j⟩/v_j² + ⟨w̃^i, G^i⟩/u_i²)], w̃^i and G^i rows.
+# Theorem 2.3: decay on γ keeps E‖γ‖² bounded, and with it the loss's sharpness.
+
+
+def test_the_hessian_of_a_scalar_output():
+    gamma, w, target = torch.randn(3, 4, dtype=torch.float64)
+    f = lambda w, gamma: (gamma * w - target).square().sum() / 2
+    blocks = torch.autograd.functional.hessian(f, (w, gamma))
+    H = torch.cat([torch.cat(row, 1) for row in blocks])
+    off = 2 * gamma * w - target
+    root = ((gamma**2 - w**2)**2 + 4 * off**2).sqrt()
+    eigenvalues = torch.cat([(gamma**2 + w**2 + root) / 2, (gamma**2 + w**2 - root) / 2])
+    assert torch.allclose(torch.linalg.eigvalsh(H), eigenvalues.sort().values)
+    assert torch.isclose(H.trace(), (gamma**2 + w**2).sum())
+    assert torch.isclose(H.square().sum(), (gamma**4 + w**4 + 2 * off**2).sum())
+
+
+def test_decay_on_gamma_bounds_it_and_no_decay_does_not(lam=0.2, q=0.5, d=4, end=80, steps=1600):
+    bound = lambda decay, t, start: start * math.exp(-2 * decay * t) + (d * q + d / 2) / (2 * decay) * (
+        1 - math.exp(-2 * decay * t))  # of the proof, for w and for γ: a* = 1, so ‖a*‖² = d
+    (free, w), (decayed, _) = (theory.gammas_under_noise(mu, end, steps, lam, q) for mu in (0.0, lam))
+    assert all(value < 1.02 * bound(lam, end * i / steps, d) for i, value in enumerate(decayed))
+    assert all(value <= 1.02 * bound(lam, end * i / steps, 0) for i, value in enumerate(w))
+    assert free[steps // 4] > 20 and all(free[n] > 1.3 * free[n // 2] for n in (steps // 4, steps // 2, steps))
+    integral = (sum(w) - (w[0] + w[-1]) / 2) * end / steps  # Itô: γ² − w² grows by 2 λ w² alone, in expectation
+    assert free[-1] - w[-1] == pytest.approx(d + 2 * lam * integral, rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Theorems 3.1 and D.1 (DP), 3.2 and D.2 (OR), three claims each: against a plain γ, (i) at the same effective weight
+# the loss never falls slower, (ii) from the start the lead grows as t³, (iii) for some teachers it holds at all times.
+# Claim (i) is not true of every state, as the text before the proof may sound: it takes |u_i| ≥ 1, or |β| ≥ 1 with
+# ‖α‖² = d. The flow from the start keeps both, since u_i² − ‖W_i‖² and β² − ‖W‖² stay 1.
+
+
+@pytest.mark.parametrize("kind", ["DP", "OR"])
+def test_at_the_same_state_the_loss_falls_faster(kind):
+    b = student(kind)
+    leads = flow(b, TEACHERS["any"], 1.0, 100, lambda *state: rate(*state) - rate(at_same_state(b), TEACHERS["any"]))
+    assert abs(leads[0]) < 1e-12 and all(lead > 0 for lead in leads[1:])
+    rows = b.weight["w"].square().sum(1)
+    kept = b.u["w"]()**2 - rows if kind == "DP" else b.v["shared"].beta**2 - rows.sum()
+    assert (kept - 1).abs().max() < 1e-6 and rows.min() > 0.1
+    with torch.no_grad():  # a state that the flow does not come to; for OR one where magnitude has hardly a gradient
+        b.u["w"].set(0.1 * b.u["w"]()) if kind == "DP" else b.v["shared"].set(torch.full((8,), 0.1))
+        columns = TEACHERS["any"] / TEACHERS["any"].square().sum(0)
+        b.weight["w"].copy_(columns * torch.tensor([1.0, -1.0] + 6 * [0.0]))
+    assert rate(b, TEACHERS["any"]) < rate(at_same_state(b), TEACHERS["any"]) - 0.1
+
+
+@pytest.mark.parametrize("kind", ["DP", "OR"])
+def test_the_early_lead_grows_as_derived(kind):
+    def relative(t):
+        plain, ours = (flow(student(k), TEACHERS["any"], t, 20)[-1] for k in ("gamma", kind))
+        return (plain - ours) / (theory.cubic(kind, TEACHERS["any"]) * t**3)
+    assert 2 * relative(0.002) - relative(0.004) == pytest.approx(1, abs=1e-3)  # the error is of the order of t
+    assert relative(0.002) != pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind, teacher", [("DP", "matching"), ("OR", "balanced")])
+def test_the_lead_lasts_for_some_teachers(kind, teacher):
+    plain, ours = (flow(student(k), TEACHERS[teacher], 3.0, 300) for k in ("gamma", kind))
+    assert all(a < b for a, b in zip(ours[1:], plain[1:]))
+
+
+# DP preconditions columns and rows: dW̃_ij/dt = −[u_i² v_j² G_ij + W̃_ij (⟨w̃_j, G_j⟩/v_j² + ⟨w̃^i, G^i⟩/u_i²)], where
+# w̃^i and G^i are rows.
 
 
 def test_dual_placement_preconditions_rows_and_columns():
@@ -191,10 +204,10 @@ def test_dual_placement_preconditions_rows_and_columns():
     G = gradient(loss, h, W)
     u, v = b.u["a"]()[:, None].detach(), b.v["shared"]().detach()
     rate = -(u**2 * v**2 * G + W * ((W * G).sum(0) / v**2 + (W * G).sum(1, keepdim=True) / u**2))
-    assert (flow(b, lambda m: loss(m(h)[0]), effective) - rate).abs().max() < 1e-5
+    assert (speed(b, lambda m: loss(m(h)[0]), effective) - rate).abs().max() < 1e-5
 
 
-# Theorem: ⟨u,∂u⟩ = ⟨v,∂v⟩ = ⟨W,∂W⟩ for each branch, so that ‖u‖², ‖v‖² and ‖W‖² grow alike. A shared v gets the sum.
+# ⟨u,∂u⟩ = ⟨v,∂v⟩ = ⟨W,∂W⟩ for each branch of DP, so that ‖u‖², ‖v‖² and ‖W‖² grow alike. A shared v gets the sum.
 
 
 @pytest.mark.parametrize("heterogeneous", [False, True])
@@ -213,20 +226,20 @@ def test_dual_placement_balances_its_three_factors(heterogeneous):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Theorem: OR moves γ's magnitude n times faster and its direction as before (at init). ER does so too;
-# product, OR without its norm, has n + 1.
+# OR moves γ's magnitude n times faster and its direction as before (at init). ER does so too; product, OR without its
+# norm, has n + 1.
 
 
 @pytest.mark.parametrize("form, n_fold", [("direct", 1), ("zero_centred", 1), ("or", 6), ("er", 6), ("product", 7)])
 def test_reparameterisation_speeds_up_the_magnitude(form, n_fold, n=6):
     scale = ScaleVector(n, "input", form).double()
-    speed = torch.stack([flow(scale, lambda m: -m()[i], lambda m: m()) for i in range(n)], dim=1)
+    P = torch.stack([speed(scale, lambda m: -m()[i], lambda m: m()) for i in range(n)], dim=1)
     magnitude = torch.full((n, n), 1 / n, dtype=torch.float64)  # the projection on (1, …, 1)
-    assert (speed - n_fold * magnitude - (torch.eye(n) - magnitude)).abs().max() < 1e-4
+    assert (P - n_fold * magnitude - (torch.eye(n) - magnitude)).abs().max() < 1e-4
 
 
-# A shorter α turns faster: the flow of γ's direction has the speed n/‖α‖², that of its magnitude stays. So decay on α,
-# which leaves γ where it is, does not leave the run as it was.
+# A shorter α turns faster: γ's direction moves at a speed of n/‖α‖², its magnitude as before. So decay on α leaves γ
+# unchanged but raises α's effective learning rate.
 
 
 @pytest.mark.parametrize("length", [0.5, 1.0, 2.0])
@@ -234,14 +247,14 @@ def test_a_shorter_alpha_turns_faster(length, n=6):
     scale = ScaleVector(n, "input", "or").double()
     with torch.no_grad():
         scale.alpha.mul_(length)
-    speed = torch.stack([flow(scale, lambda m: -m()[i], lambda m: m()) for i in range(n)], dim=1)
+    P = torch.stack([speed(scale, lambda m: -m()[i], lambda m: m()) for i in range(n)], dim=1)
     magnitude = torch.full((n, n), 1 / n, dtype=torch.float64)
-    assert (speed - n * magnitude - (torch.eye(n) - magnitude) / length**2).abs().max() < 1e-4
+    assert (P - n * magnitude - (torch.eye(n) - magnitude) / length**2).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What stands beside a norm need not be computed: N does not see the length of its input. Under DNP the Pre-Norm is
-# idle, and so is the magnitude of v: without ε its gradient is 0, and with it ε's alone.
+# N does not see the length of its input. So under DNP the Pre-Norm is idle, and so is the magnitude of v: without ε its
+# gradient is 0, and with ε it is of the order of ε.
 
 
 @pytest.mark.parametrize("placement, idle", [("dual_norm", True), ("norm", True), ("dual", False), ("input", False)])
@@ -270,7 +283,7 @@ def test_the_magnitude_of_v_is_idle_under_dnp(eps):
 
 
 def test_adam_moves_an_idle_magnitude_all_the_same():
-    """Its steps do not see how small a gradient is, only that it is there: with ε, β of v leaves 1 like any other."""
+    """Adam's steps do not depend on a gradient's size. With ε > 0, β of v therefore leaves 1 like any other number."""
     b = branches_of(placement="dual_norm", form="or").float()
     b.eps = 1e-6
     x, target = torch.randn(64, N_IN), torch.randn(64, sum(N_OUT.values()))
@@ -284,84 +297,12 @@ def test_adam_moves_an_idle_magnitude_all_the_same():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Why decay helps an input-role γ: at a minimum with white inputs the loss's sharpness is max_j (γ_j² + ‖w̃_j‖²/γ_j²).
-# As γ decays from 1, W takes over its part, the function stays and the sharpness falls, as long as γ_j² > ‖w̃_j‖.
-# An output-role γ scales what a norm has fixed: nothing takes over, and the loss that W can reach rises.
+# The picture
 
 
-def decayed(b, which, steps=20):
-    """b after `steps` of weight decay 0.1 at lr 0.1, by the project's groups, on γ of one role and nothing else."""
-    roles = [(name, p, "matrix" if name.startswith("weight") else "input" if name.startswith("v") else "output",
-              not name.startswith("weight")) for name, p in b.named_parameters()]
-    optimizer = torch.optim.AdamW(param_groups(roles, 0.1, which), lr=0.1)
-    for p in b.parameters():
-        p.grad = torch.zeros_like(p)
-    for _ in range(steps):
-        optimizer.step()
-    optimizer.zero_grad()
-    return 0.99**steps
-
-
-def sharpness(b, loss, steps=300):
-    """The Hessian's largest eigenvalue over all parameters of b, by power iteration."""
-    params = list(b.parameters())
-    x = [torch.randn_like(p) for p in params]
-    for _ in range(steps):
-        norm = math.sqrt(sum((t * t).sum().item() for t in x))
-        x = [t / norm for t in x]
-        grads = torch.autograd.grad(loss(b), params, create_graph=True)
-        Hx = torch.autograd.grad(sum((g * t).sum() for g, t in zip(grads, x)), params)
-        x, value = Hx, sum((a * t).sum().item() for a, t in zip(Hx, x))
-    return value
-
-
-def white_inputs(n, n_in):
-    """h, (n, n_in), with hᵀh/n = I."""
-    return torch.linalg.qr(torch.randn(n, n_in, dtype=torch.float64))[0] * math.sqrt(n)
-
-
-@pytest.mark.parametrize("steps, flatter", [(20, True), (300, False)])
-def test_decay_on_an_input_role_gamma_flattens_the_minimum(steps, flatter):
-    b = branches_of(n_out={"a": 4})
-    with torch.no_grad():
-        b.v["shared"].reset()
-        b.weight["a"].mul_(0.3)
-    h = white_inputs(64, N_IN)
-    target, teacher = b(h)[0].detach(), effective(b).detach()
-    loss = lambda m: (m(h)[0] - target).square().sum(-1).mean() / 2
-    formula = lambda gamma: (gamma**2 + teacher.square().sum(0) / gamma**2).max().item()
-    assert sharpness(b, loss) == pytest.approx(formula(torch.ones(N_IN)), rel=1e-6)
-    before = sharpness(b, loss)
-    s = decayed(b, "input", steps)
-    assert b.v["shared"]().tolist() == pytest.approx([s] * N_IN)
-    with torch.no_grad():  # the minimum at this γ
-        b.weight["a"].div_(s)
-    assert loss(b).item() < 1e-25
-    assert sharpness(b, loss) == pytest.approx(formula(torch.full((N_IN,), s)), rel=1e-6)
-    # 20 steps leave γ at 0.82; after 300 it is 0.05, γ_j² is far below ‖w̃_j‖, and the sharpness is W's large part
-    assert sharpness(b, loss) < 0.9 * before if flatter else sharpness(b, loss) > before
-
-
-@pytest.mark.parametrize("which", ["input", "output"])
-def test_decay_on_an_output_role_gamma_raises_the_reachable_loss(which):
-    b = branches_of(n_out={"a": 4}, placement="dual_norm")
-    with torch.no_grad():
-        b.u["a"].reset(), b.v["shared"].reset()
-    h = white_inputs(64, N_IN)
-    target = b(h)[0].detach()
-    loss = lambda m: (m(h)[0] - target).square().mean()
-    s = decayed(b, which)
-    with torch.no_grad():
-        b.weight["a"].add_(0.3 * torch.randn_like(b.weight["a"]))
-    optimizer = torch.optim.LBFGS([b.weight["a"]], lr=1, max_iter=300, tolerance_grad=1e-14, tolerance_change=1e-18,
-                                  line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss(b)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    # |u ⊙ N(·)| is √n s whatever W is, and the target's is √n: what is left is (1 − s)² for each channel
-    assert loss(b).item() == pytest.approx(0 if which == "input" else (1 - s)**2, abs=1e-10)
+def test_the_picture_is_drawn_in_both_themes(tmp_path):
+    theory.main(tmp_path, steps=3)
+    for theme, colours in theory.THEMES.items():
+        text = (tmp_path / f"theory_{theme}.svg").read_text(encoding="utf-8")
+        assert colours["paper"] in text and all(t.split("\n")[0] in text.replace("&#x27;", "'")
+                                                for t in theory.TITLES.values())
