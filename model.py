@@ -14,16 +14,13 @@ of them chosen for each of N = B·T tokens.
 Knows kernels.py, norms.py and moe.py.
 """
 
-from contextlib import contextmanager
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
 from kernels import qk_norm_rope, rms_norm, scaled_cast, swiglu
 from moe import MoE, active, mixtures
-from norms import Branches, ScaleVector
+from norms import Branches, ScaleVector, unit
 
 ALIGN = 8  # bf16 numbers in 16 bytes
 
@@ -31,7 +28,7 @@ ALIGN = 8  # bf16 numbers in 16 bytes
 def branches(config, n_out, **kw):
     """The branches after one of a model's Pre-Norms, n_out as Branches takes it."""
     return Branches(config.n_embd, n_out, heterogeneous=config.heterogeneous, form=config.reparam,
-                    scale_vectors=config.scale_vectors, eps=config.norm_eps, **kw)
+                    scale_vectors=config.scale_vectors, **kw)
 
 
 def output_scale(config, n):
@@ -66,9 +63,6 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    written = False  # True computes as the paper writes it, on activations: slower, and there for tests to compare with
-    cached = None  # weights()'s result, while someone promises that no parameter changes (GPT.weights_cached)
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -78,7 +72,7 @@ class Attention(nn.Module):
                             group=config.d_head if config.qkv_norm == "head" else None)
         self.o = nn.Parameter(torch.empty(config.n_embd, nq))
         # dual_norm and norm put a norm after q and k already
-        self.qk_norm = config.arch == "gemma" and "q" not in self.qkv.normed
+        self.qk_norm = (config.qk_norm or config.arch == "gemma") and "q" not in self.qkv.normed
         if self.qk_norm:
             per_head = config.qkv_norm == "head"
             self.q_scale = output_scale(config, config.d_head if per_head else nq)
@@ -94,17 +88,14 @@ class Attention(nn.Module):
             u_v = u_v.view(config.n_kv_head, 1, -1).expand(-1, config.n_head // config.n_kv_head, -1).flatten()
         return self.qkv.folded_weight(dtype), scaled_cast([self.o], [None], [u_v], dtype)
 
-    def forward(self, h, cos, sin, cache=None):
+    def forward(self, h, cos, sin, cache=None, weights=None):
         (B, T, _), config = h.shape, self.config
-        normed, gammas = [*self.qkv.normed], [self.qkv.after_norm(c) for c in "qk"]
-        if self.written:
-            y, W_o, normed = torch.cat(self.qkv(h), dim=-1), self.o.to(h.dtype), []
-        else:
-            W_qkv, W_o = self.cached or self.weights(h.dtype)
-            y = F.linear(h, W_qkv)
+        W_qkv, W_o = weights or self.weights(h.dtype)
+        normed, gammas, eps = self.qkv.normed, [self.qkv.after_norm(c) for c in "qk"], self.qkv.eps
         if self.qk_norm:
-            normed, gammas = ["q", "k", *normed], [self.q_scale and self.q_scale(), self.k_scale and self.k_scale()]
-        q, k, v = qk_norm_rope(y, cos, sin, config.n_head, config.n_kv_head, config.norm_eps, normed, gammas,
+            normed, eps = ["q", "k", *normed], config.norm_eps
+            gammas = [self.q_scale and self.q_scale(), self.k_scale and self.k_scale()]
+        q, k, v = qk_norm_rope(F.linear(h, W_qkv), cos, sin, config.n_head, config.n_kv_head, eps, normed, gammas,
                                self.qkv.group)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d_head)
         if cache is not None:
@@ -116,8 +107,6 @@ class Attention(nn.Module):
 
 class FFN(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate) ⊙ up). stack, route: as in Branches."""
-
-    written, cached = False, None  # as in Attention
 
     def __init__(self, config, ffn_dim, stack=0):
         super().__init__()
@@ -135,12 +124,9 @@ class FFN(nn.Module):
         down = scaled_cast([self.down], [None], [self.gate_up.after_norm("up")], dtype, align_columns=ALIGN)
         return self.gate_up.folded_weight(dtype, ALIGN), down
 
-    def forward(self, h, route=None):
+    def forward(self, h, route=None, weights=None):
         linear, branches = F.linear if route is None else route.linear, self.gate_up
-        if self.written:
-            gate, up = branches(h, route)
-            return linear(kernels.activation(gate) * up, self.down.to(h.dtype))
-        W_gate_up, W_down = self.cached or self.weights(h.dtype)
+        W_gate_up, W_down = weights or self.weights(h.dtype)
         gamma = branches.after_norm("gate")
         if gamma is not None and route is not None:
             gamma = route.rows(gamma)
@@ -148,24 +134,25 @@ class FFN(nn.Module):
 
 
 class Block(nn.Module):
-    written = False  # as in Attention
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.attn = Attention(config)
         if config.n_experts:
-            shared = config.n_shared_experts * config.expert_dim
             self.ffn = MoE(config, branches(config, {"router": config.n_experts}),
                            FFN(config, config.expert_dim, stack=config.n_experts),
-                           FFN(config, shared) if shared else None)
+                           FFN(config, config.shared_dim) if config.shared_dim else None)
         else:
             self.ffn = FFN(config, config.ffn_dim)
         if config.arch == "gemma":
             self.attn_post = output_scale(config, config.n_embd)
             self.ffn_post = output_scale(config, config.n_embd)
 
-    def forward(self, x, y, cos, sin, cache=None):
+    def weights(self, dtype):
+        """What the GEMMs of attention and of the FFN multiply by, for forward."""
+        return self.attn.weights(dtype), self.ffn.weights(dtype)
+
+    def forward(self, x, y, cos, sin, cache=None, weights=(None, None)):
         """
         x: the residual stream, (B, T, n_embd), and y: what the last sublayer adds to it, None at first. The sum is left
         to the norm after it, which reads both anyway. Returns the next x and y.
@@ -174,21 +161,22 @@ class Block(nn.Module):
         """
         gemma, eps = self.config.arch == "gemma", self.config.norm_eps
         h, x = self.pre_norm(x, y, self.attn.qkv)
-        y = self.attn(h, cos, sin, cache)
+        y = self.attn(h, cos, sin, cache, weights[0])
         if gemma:
             y = rms_norm(y, eps, self.attn_post and self.attn_post())
         h, x = self.pre_norm(x, y, (self.ffn.experts if self.config.n_experts else self.ffn).gate_up)
-        y = self.ffn(h)
+        y = self.ffn(h, weights=weights[1])
         if gemma:
             y = rms_norm(y, eps, self.ffn_post and self.ffn_post())
         return x, y
 
     def pre_norm(self, x, y, branches):
-        """(N(x + y), x + y); where N is idle before these branches, the sum in its place, too."""
-        if branches.idle_norm and not self.written:
+        """(N(x + y), x + y); where N is idle before these branches, (x + y, x + y)."""
+        eps = self.config.norm_eps
+        if branches.idle_norm:
             x = x if y is None else x + y
             return x, x
-        return (rms_norm(x, branches.eps), x) if y is None else rms_norm(y, branches.eps, residual=x)
+        return (rms_norm(x, eps), x) if y is None else rms_norm(y, eps, residual=x)
 
 
 class GPT(nn.Module):
@@ -198,15 +186,14 @@ class GPT(nn.Module):
     draw nothing: the same seed gives the same matrices under every strategy.
     """
 
-    written, cached = False, None  # as in Attention
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        # What stands before the LM head is a Pre-Norm with one branch. DP and DNP do not act here.
-        self.lm_head = branches(config, {"lm_head": config.vocab_size}, role=config.final_norm_role)
+        # a Pre-Norm with one branch: the paper's "single linear branch such as the final output projection"
+        self.lm_head = branches(config, {"lm_head": config.vocab_size}, placement=config.head_placement,
+                                role=config.final_norm_role)
         if config.tie_embeddings:
             self.lm_head.weight["lm_head"] = self.wte
         cos, sin = rope_tables(config.d_head, config.block_size, config.rope_theta)
@@ -257,13 +244,14 @@ class GPT(nn.Module):
             if isinstance(module, ScaleVector):
                 module.reset()
 
-    def forward(self, idx, targets=None, caches=None):
+    def forward(self, idx, targets=None, caches=None, weights=None):
         """
         idx, targets: (B, T) int64, T ≤ block_size. Returns (logits, loss): logits (B, T, vocab_size) in the compute
         dtype; the loss is the mean over all tokens in nats, fp32, or None without targets.
 
-        caches: a KVCache for each block, where idx goes on after what they hold: T is 1, unless they are empty.
-        The logits are then the last token's alone, (B, 1, vocab_size).
+        caches: a KVCache per block, where idx continues what they hold: T is 1, unless they are empty. The logits are
+        then only those of the last token, (B, 1, vocab_size).
+        weights: what `weights` returned, to reuse it while the parameters do not change; None folds them anew.
         """
         start = caches[0].length if caches else 0
         end = start + idx.size(1)
@@ -271,15 +259,12 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens do not fit in block_size {self.config.block_size}")
         x, y = F.embedding(idx, self.wte).to(getattr(torch, self.config.dtype)), None
         for i, block in enumerate(self.blocks):
-            x, y = block(x, y, self.cos[start:end], self.sin[start:end], caches[i] if caches else None)
+            x, y = block(x, y, self.cos[start:end], self.sin[start:end], caches[i] if caches else None,
+                         weights[i] if weights else (None, None))
         if caches:
             x, y = x[:, -1:], y[:, -1:]
         h, _ = rms_norm(y, self.config.norm_eps, residual=x)
-        if self.written:
-            (logits,) = self.lm_head(h)
-        else:
-            (W,) = self.cached or self.weights(h.dtype)
-            logits = F.linear(h, W)
+        logits = self.logits(h, *(weights[-1] if weights else self.head_weights(h.dtype)))
         if targets is None:
             return logits, None
         # Compiled, `wide` never exists: the sums read the bf16 logits. So a loss in chunks would save little.
@@ -292,49 +277,52 @@ class GPT(nn.Module):
                 ffn.loss = None
         return logits, loss
 
-    def weights(self, dtype):
-        """What its own GEMM multiplies by: the LM head."""
-        return (self.lm_head.folded_weight(dtype),)
+    def head_weights(self, dtype):
+        """(W, G) of the LM head: see Branches.gram_fold; G is None where the head has no norm, or where it is so
+        narrow that a norm of the logits themselves is cheaper."""
+        head = self.lm_head
+        return head.gram_fold(dtype) if head.gram_pays else (head.folded_weight(dtype), None)
 
-    @contextmanager
-    def weights_cached(self):
-        """While this holds, no parameter may change: the weights are made once, not at each forward."""
-        layers = [m for m in self.modules() if isinstance(m, (GPT, Attention, FFN))]
-        try:
-            for layer in layers:
-                layer.cached = [w.detach() for w in layer.weights(getattr(torch, self.config.dtype))]
-            yield
-        finally:
-            for layer in layers:
-                layer.cached = None
+    def logits(self, h, W, G):
+        """The LM head: h, (B, T, n_embd), which is N(x), to (B, T, vocab_size)."""
+        head = self.lm_head
+        if G is not None:
+            return F.linear(unit(h, G, head.eps), W)
+        logits = F.linear(h, W)
+        return rms_norm(logits, head.eps, head.after_norm("lm_head")) if head.normed else logits
+
+    def weights(self, dtype):
+        """All folded weights: one entry per block, and the LM head's (W, G)."""
+        return [*(block.weights(dtype) for block in self.blocks), self.head_weights(dtype)]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """
-        Continue idx, (B, T) int64 with T ≥ 1, and yield each new column of tokens, (B, 1), as it comes.
+        Continue idx, (B, T) int64 with T ≥ 1, and yield each new column of tokens, (B, 1), as it comes. All of them come
+        from the parameters as they were at the first.
 
         temperature: 0 takes the likeliest token. top_k: sample from the k likeliest only.
         The model sees the last block_size tokens at most. RoPE's positions are in the cached keys, so a full window
         cannot move on by one token: it drops its older half, is read anew from position 0, and fills up again.
         """
         window, caches = idx[:, -self.config.block_size:], None
-        with self.weights_cached():
-            for _ in range(max_new_tokens):
-                if window.size(1) > self.config.block_size:
-                    window, caches = window[:, -max(1, self.config.block_size // 2):], None
-                if caches is None:
-                    caches = [KVCache(self.config, idx.size(0), idx.device) for _ in self.blocks]
-                unread = window[:, caches[0].length:]
-                logits = self(unread, caches=caches)[0][:, -1].float()
-                if temperature == 0:
-                    new = logits.argmax(-1, keepdim=True)
-                else:
-                    if top_k is not None:
-                        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                        logits = logits.masked_fill(logits < kth, -float("inf"))
-                    new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-                window = torch.cat((window, new), dim=1)
-                yield new
+        weights = self.weights(getattr(torch, self.config.dtype))
+        for _ in range(max_new_tokens):
+            if window.size(1) > self.config.block_size:
+                window, caches = window[:, -max(1, self.config.block_size // 2):], None
+            if caches is None:
+                caches = [KVCache(self.config, idx.size(0), idx.device) for _ in self.blocks]
+            unread = window[:, caches[0].length:]
+            logits = self(unread, caches=caches, weights=weights)[0][:, -1].float()
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -float("inf"))
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            window = torch.cat((window, new), dim=1)
+            yield new
 
     def counts(self):
         """Parameters, as a dict: 'params' (all), 'active_params' (used for one token), 'scale_params' (in γ's)."""

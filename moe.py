@@ -93,7 +93,7 @@ class Route:
 class MoE(nn.Module):
     """
     A mixture of SwiGLU experts, of which each token goes through the K with the highest scores (arXiv 1701.06538), and
-    none is dropped. Shared experts are one FFN, n_shared_experts × expert_dim wide, that every token goes through.
+    none is dropped. Besides them there may be a shared expert: an FFN, shared_dim wide, that every token goes through.
 
     The router is a branch of the Pre-Norm: with a γ of its own under HG, else with the one that all branches share. DP
     and DNP leave it alone (our reading: a norm over the logits would fix the router's temperature). It computes in
@@ -115,7 +115,6 @@ class MoE(nn.Module):
                  has no gradient (arXiv 2408.15664)
     """
 
-    written = False  # as in model.Attention
     grouped = None  # True or False, in tests; else can_group says
 
     def __init__(self, config, router, experts, shared=None):
@@ -133,26 +132,30 @@ class MoE(nn.Module):
         self.register_buffer("entropy", torch.zeros(()), persistent=False)
         self.loss = None
 
-    def forward(self, h):
+    def weights(self, dtype):
+        """The folded weights of the router, the experts and the shared FFN, for forward."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.router.folded_weight(wide), self.experts.weights(dtype),
+                None if self.shared is None else self.shared.weights(dtype))
+
+    def forward(self, h, weights=None):
         # h: (B, T, n_embd), the output of N, or its input where N is idle before the experts' branches
         config, (B, T, _) = self.config, h.shape
         E, K = config.n_experts, config.experts_per_token
         x = h.flatten(0, 1)  # (N, n_embd)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.written:
-            (logits,) = self.router(wide)  # (N, E)
-        else:
-            logits = F.linear(wide, self.router.folded_weight(wide.dtype))
-        if self.experts.gate_up.idle_norm and not self.written:  # h is not normed, and the router needs its length
+        W_router, W_experts, W_shared = weights or self.weights(h.dtype)
+        logits = F.linear(wide, W_router)  # (N, E)
+        if self.experts.gate_up.idle_norm:  # h is not normed, and the router needs its length
             logits = logits * (wide.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
         scores = logits.sigmoid() if config.router == "sigmoid" else logits.softmax(-1)
         chosen = (scores.detach() + self.bias).topk(K).indices  # (N, K), the best first
         if config.router == "softmax":
-            weights = logits.gather(1, chosen).softmax(-1)
+            shares = logits.gather(1, chosen).softmax(-1)  # (N, K)
         else:
-            weights = scores.gather(1, chosen)
+            shares = scores.gather(1, chosen)
             if config.router == "sigmoid":
-                weights = weights / weights.sum(-1, keepdim=True)
+                shares = shares / shares.sum(-1, keepdim=True)
 
         choices = chosen.view(B, -1)  # (B, T·K)
         counts = choices.new_zeros(B, E).scatter_add_(1, choices, torch.ones_like(choices))
@@ -167,8 +170,8 @@ class MoE(nn.Module):
 
         grouped = can_group(x, config.n_embd) if self.grouped is None else self.grouped
         route = Route(chosen, load, grouped)
-        y = route.combine(self.experts(route.dispatch(x), route), weights).view_as(h)
-        return y if self.shared is None else y + self.shared(h)
+        y = route.combine(self.experts(route.dispatch(x), route, W_experts), shares).view_as(h)
+        return y if self.shared is None else y + self.shared(h, weights=W_shared)
 
     def stacked(self):
         """The parameters of which each expert has a share of its own."""

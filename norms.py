@@ -1,19 +1,20 @@
 """
 Scale vectors: the γ of RMSNorm, in every form, place and role.
 
-After arXiv 2605.26895. A *branch* is a linear map fed by a Pre-Norm: q, k, v, gate, up.
-With N(x) = x / sqrt(mean(x²) + ε):
+After arXiv 2605.26895. A *branch* is a linear map fed by a Pre-Norm: q, k, v, gate, up and, by itself, the LM head.
+With N(x) = x / sqrt(mean(x²)):
 
-    input      baseline  W_c (γ ⊙ N(x))             one γ for all branches of the norm
-               HG        W_c (v_c ⊙ N(x))           heterogeneous: a γ for each
-    dual       DP        u_c ⊙ W_c (v_c ⊙ N(x))     one on the output side too
-    dual_norm  DNP       u_c ⊙ N(W_c (v_c ⊙ N(x)))  after a norm
-    norm                 N(W_c (v_c ⊙ N(x)))        the norm without the vector: a control of ours
+    input      baseline  W_c (γ ⊙ N(x))             one γ shared by all branches of the norm
+               HG        W_c (v_c ⊙ N(x))           heterogeneous: each branch has its own
+    after      AP        u_c ⊙ (W_c N(x))           after-placement: on the output side only
+    dual       DP        u_c ⊙ (W_c (v_c ⊙ N(x)))   on both sides
+    dual_norm  DNP       u_c ⊙ N(W_c (v_c ⊙ N(x)))  on both sides, with a norm in between
+    norm                 N(W_c (v_c ⊙ N(x)))        DNP without u: a control of ours
 
-HG is about who shares v, the others are about what comes after W, so the two combine. `Branches.forward` is this table
-as code, on activations. The methods after it, *the fold*, are how a model runs: the same function, at a lower price.
+HG decides who shares v, placement decides what comes after W, so the two combine. `Branches.forward` is this table as
+code, on activations. The methods after it, *the fold*, are how a model runs: the same function at a lower cost.
 
-Knows kernels.py alone. Both files can be lifted into another model.
+Imports only kernels.py. Both files can be lifted into another model.
 """
 
 import math
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 from kernels import rms_norm, scaled_cast
 
+PLACEMENTS = ("input", "after", "dual", "dual_norm", "norm")
 # What the parameters of each form begin at, which makes every γ 1. β is one number for the whole vector.
 START = {"direct": {"gamma": 1.0}, "zero_centred": {"w": 0.0}, "product": {"beta": 1.0, "alpha": 1.0},
          "or": {"beta": 1.0, "alpha": 1.0}, "er": {"beta": 0.0, "alpha": 0.0}}
@@ -33,10 +35,10 @@ class ScaleVector(nn.Module):
     """
     A scale vector γ, 1 everywhere at initialisation. Calling it returns γ, (n,) in the parameters' dtype.
 
-    stack: 0, or the number of experts that have a vector each: γ is then (stack, n), and every row is a vector of its
-        own, with its own direction α and magnitude β.
-    role: 'input' when what it scales goes straight into linear maps, 'output' otherwise. The optimizer reads it:
-        decay helps the first and hurts the second (paper, section on weight decay).
+    stack: 0, or the number of experts that have a vector each: γ is then (stack, n), and every row is a vector with its
+        own direction α and magnitude β.
+    role: 'input' if what it scales goes straight into linear maps, 'output' otherwise. The optimizer reads it: the
+        paper decays the first and not the second (IWD).
     form: how γ is parameterised. α ∈ Rⁿ and β is a scalar.
         direct        γ
         zero_centred  γ = 1 + w, as Gemma's: decay pulls γ to 1, not to 0
@@ -111,46 +113,50 @@ class Branches(nn.Module):
     The linear maps after one Pre-Norm, with their scale vectors. Takes N(x), returns a tuple of outputs.
 
     n_in: width of N(x). n_out: name -> width of each branch, in order.
-    placement: 'input', 'dual', 'dual_norm' or 'norm' (this file's head), or a dict with one for each branch.
-    heterogeneous: v_c for each branch, else one v for all. form: of every scale vector. scale_vectors: False fixes all
-    of them to 1. role: of v.
-    group: channels that the N of dual_norm and norm covers, such as a head's; by default the branch's whole width.
-    stack: 0, or a number of experts. Each branch is then a stack of matrices, (stack, n_out, n_in), with a u_c for each
+    placement: one of PLACEMENTS (the table at the top of this file), or a dict with one per branch.
+    heterogeneous: a v_c per branch; otherwise all branches share one v. form: of every scale vector. scale_vectors:
+    False fixes all of them to 1. role: of v.
+    group: channels that the N of dual_norm and norm covers, such as those of a head; by default the branch's full width.
+    eps: of the same N. The paper has none. It only guards against 0/0, and is far below the Pre-Norm's 1e-6 because this
+    N may see the residual stream at its own size (idle_norm).
+    stack: 0, or a number of experts. Each branch is then a stack of matrices, (stack, n_out, n_in), with one u_c per
     expert; v_c is shared by the experts, or stacked too where heterogeneous and own_v are set.
 
-    Each branch keeps a weight of its own, (n_out, n_in), since initialisation and Muon act on matrices.
+    Each branch keeps its own weight, (n_out, n_in), since initialisation and Muon act on matrices.
     """
 
     def __init__(self, n_in, n_out, placement="input", heterogeneous=False, form="direct", scale_vectors=True,
-                 role="input", group=None, eps=1e-6, stack=0, own_v=False):
+                 role="input", group=None, eps=1e-16, stack=0, own_v=False):
         super().__init__()
-        self.n_out, self.group, self.eps = dict(n_out), group, eps
+        self.n_in, self.n_out, self.group, self.eps = n_in, dict(n_out), group, eps
         self.placement = dict(placement) if isinstance(placement, dict) else dict.fromkeys(n_out, placement)
-        if unknown := set(self.placement.values()) - {"input", "dual", "dual_norm", "norm"}:
-            raise ValueError(f"no placement {unknown.pop()!r}; there are: input, dual, dual_norm, norm")
+        if unknown := set(self.placement.values()) - set(PLACEMENTS):
+            raise ValueError(f"no placement {unknown.pop()!r}; there are: {', '.join(PLACEMENTS)}")
         self.normed = [c for c, p in self.placement.items() if p in ("dual_norm", "norm")]
         lead = (stack,) if stack else ()
         self.weight = nn.ParameterDict({c: nn.Parameter(torch.empty(*lead, n, n_in)) for c, n in n_out.items()})
         self.u, self.v = nn.ModuleDict(), nn.ModuleDict()
         if scale_vectors:
-            for c in n_out if heterogeneous else ("shared",):
+            scaled = [c for c in n_out if self.placement[c] != "after"]  # the branches with a v
+            for c in scaled if heterogeneous else ["shared"] if scaled else []:
                 self.v[c] = ScaleVector(n_in, role, form, stack if heterogeneous and own_v else 0)
             for c, n in n_out.items():
-                if self.placement[c] in ("dual", "dual_norm"):
+                if self.placement[c] in ("after", "dual", "dual_norm"):
                     self.u[c] = ScaleVector(n, "output", form, stack)
 
     def vectors(self):
         """(c, u_c, v_c) of each branch: its name and its effective vectors, None where there is none."""
         shared = self.v["shared"]() if "shared" in self.v else None
-        for c in self.n_out:
-            yield c, self.u[c]() if c in self.u else None, self.v[c]() if c in self.v else shared
+        for c, placement in self.placement.items():
+            v = None if placement == "after" else self.v[c]() if c in self.v else shared
+            yield c, self.u[c]() if c in self.u else None, v
 
     def forward(self, h, route=None):
         """
         h: (..., n_in), which is N(x). Returns a tuple, each branch's (..., n_out) in h's dtype.
 
-        route: for a stack, who knows which expert each row of h is for. It has linear(h, weight), which takes a weight
-        (stack, n, n_in), and rows(γ), each row's own of (stack, n).
+        route: for a stack, maps each row of h to its expert: linear(h, weight) takes a weight (stack, n, n_in), and
+        rows(γ) gives each row its own of (stack, n).
         """
         linear, rows = (F.linear, lambda gamma: gamma) if route is None else (route.linear, route.rows)
         outputs = []
@@ -162,13 +168,13 @@ class Branches(nn.Module):
             outputs.append(y if u is None else (rows(u) * y).to(h.dtype))
         return tuple(outputs)
 
-    # The fold. u ⊙ W (v ⊙ h) is (diag(u) W diag(v)) h: a rank-one factor on the weight, which mixed precision casts for
-    # every step anyway. So all v and DP's u ride along in that pass, in fp32 and rounded once, and all branches are one
-    # GEMM on h. What is left for activations is DNP's norm and, after it, u.
+    # The fold. u ⊙ W (v ⊙ h) is (diag(u) W diag(v)) h. Mixed precision casts each fp32 weight at every step anyway, so
+    # v and u are multiplied in during that pass, in fp32 and rounded once, and all branches are one GEMM on h. What is
+    # left for activations is DNP's norm and the u after it.
 
     def folded_weight(self, dtype, align=1):
         """
-        W_c diag(v_c), with DP diag(u_c) W_c diag(v_c), of all branches one below the other: (..., sum of n_out, n_in).
+        diag(u_c) W_c diag(v_c) of all branches, stacked by rows: (..., sum of n_out, n_in). Without u_c under DNP.
 
         align: every branch begins at a row that is a multiple of it, with rows of zeros before: bf16 GEMMs lose much of
         their speed where rows do not begin at multiples of 16 bytes.
@@ -181,14 +187,40 @@ class Branches(nn.Module):
         """DNP's u_c, which stands after a norm, where no row of W_c can take it; else None."""
         return self.u[c]() if c in self.normed and c in self.u else None
 
+    def gram_fold(self, dtype):
+        """
+        (W', G) of a single branch under DNP, for which u ⊙ N(W (v ⊙ h)) = W' unit(h, G, ε).
+
+        ‖W (v ⊙ h)‖² is hᵀ (diag(v) WᵀW diag(v)) h. So the norm is one number per token, known before the GEMM, and u
+        folds into W' = diag(u) W diag(v), (n_out, n_in), too: no pass over the branch's outputs. G = (n_in / n_out)
+        diag(v) WᵀW diag(v), (n_in, n_in) in fp32 at least, has entries of the order of 1, which fp16 can hold. It costs
+        n_in/n_out of the branch's FLOPs, so it pays where a branch is much wider than its input, as an LM head is
+        (`gram_pays`). Our derivation.
+        """
+        ((c, u, v),) = self.vectors()
+        V = scaled_cast([self.weight[c]], [None], [v], dtype)
+        # A sum over 50,304 rows in bf16's product would be rounded to bf16 on the way (split-K). In pieces, each is.
+        pieces = math.gcd(len(V), 32)
+        G = V.view(pieces, -1, V.size(1))
+        G = (G.mT @ G).to(torch.promote_types(dtype, torch.float32)).sum(0) * (V.size(1) / len(V))
+        return scaled_cast([self.weight[c]], [u], [v], dtype), G
+
+    @property
+    def gram_pays(self):
+        """Whether gram_fold is for these branches: only one, under DNP or norm, and 8 times as wide as its input."""
+        return len(self.n_out) == 1 and self.idle_norm and sum(self.n_out.values()) >= 8 * self.n_in
+
     @property
     def idle_norm(self):
         """
         Whether the Pre-Norm is idle: N does not see the length of its input, so that N(W (v ⊙ N(x))) = N(W (v ⊙ x)).
-        A model then leaves it out and gives the branches x itself.
-
-        ε is where the two differ: to be the same, the branches' ε would have to be ε / r² for each token, r = 1/rms(x).
-        We leave it as it is. So ε acts on W (v ⊙ x), at the size that the residual stream has; results/idle_norm has
-        what that changes.
+        A model then leaves it out and gives the branches x itself. The magnitude of v is idle in the same way.
         """
         return len(self.normed) == len(self.n_out)
+
+
+def unit(h, G, eps):
+    """h / sqrt(hᵀGh / n + ε): h, (..., n), at the size at which W' of `Branches.gram_fold` makes u ⊙ N. In h's dtype."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    mean_square = (F.linear(h, G.to(h.dtype)).to(wide) * h.to(wide)).mean(-1, keepdim=True)
+    return (h.to(wide) * (mean_square + eps).rsqrt()).to(h.dtype)

@@ -136,15 +136,15 @@ def lr_at(step, lr, schedule, warmup_steps, max_steps, min_lr_frac, decay_frac):
     The learning rate of the update that makes step into step + 1, for step = 0 … max_steps − 1.
 
     Linear warm-up from lr/warmup_steps to lr. Then 'cosine' down to min_lr_frac · lr at max_steps; 'wsd' (arXiv
-    2404.06395) holds lr and goes down linearly over the last decay_frac of all steps; 'constant' holds it.
+    2404.06395) holds lr and goes linearly to 0 over the last decay_frac of all steps; 'constant' holds it.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
-    low = lr * min_lr_frac
     if schedule == "cosine":
+        low = lr * min_lr_frac
         done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
         return low + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (lr - low)
     if schedule == "wsd":
         left = (max_steps - step) / max(1.0, decay_frac * max_steps)
-        return low + min(1.0, max(0.0, left)) * (lr - low)
+        return lr * min(1.0, max(0.0, left))
     return lr

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from configurator import Amount, ConfigError, Count, Fraction, Whole
 
 FORMS = ("direct", "or", "er", "product", "zero_centred")
-PLACEMENTS = ("input", "dual", "dual_norm", "norm")
+PLACEMENTS = ("input", "after", "dual", "dual_norm", "norm")
 Beta = Annotated[float, 0.0, 0.999999]
 Seed = Annotated[int, 0, 2**32 - 1]
 
@@ -27,28 +27,31 @@ class GPTConfig:
     d_head: Whole = 0  # channels of a head; 0 is n_embd / n_head
     n_embd: Count = 128  # width of the residual stream
     ffn_dim: Whole = 0  # width of the FFN; 0 is int(8 n_embd / 3)
+    ffn_extra: Whole = 0  # channels added to ffn_dim: a control with more parameters and no strategy
     vocab_size: Whole = 256  # rows of the embedding, at least the data's vocabulary; 0 is just that
     block_size: Count = 256  # tokens in a sequence
     tie_embeddings: bool = False  # the LM head shares the token table
     rope_theta: Annotated[float, 1.0, None] = 10000.0  # RoPE's base
-    norm_eps: Amount = 1e-6  # inside every norm's square root
+    norm_eps: Amount = 1e-6  # inside the square root of every norm but DNP's, which see the stream at its own size
     init_std: Amount = 0.0  # of the initial matrices; 0 is 1/√fan_in for each
     embedding_std: Amount = 0.0  # of the initial token table; 0 is 1, or the LM head's where they are tied
     # scale vectors
     scale_vectors: bool = True  # False fixes every γ to 1
     heterogeneous: bool = False  # HG: q, k, v, gate and up have a γ each
-    placement: Literal[PLACEMENTS] = "input"  # dual is DP, dual_norm DNP, norm our control
+    placement: Literal[PLACEMENTS] = "input"  # after is AP, dual DP, dual_norm DNP, norm our control
     attn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in attention, where it differs
-    v_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of v, where it differs from that of q and k [R]
+    v_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of v, where it differs from that of q and k
     ffn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in the FFN, where it differs
-    qkv_norm: Literal["head", "full"] = "head"  # what norms of q, k, v take the mean over [R]
+    head_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of the LM head, where it differs [R]
+    qk_norm: bool = False  # RMSNorm of q and k over each head, with a γ that the heads share; DNP's replaces it
+    qkv_norm: Literal["head", "full"] = "head"  # what norms of q, k, v take the mean over
     reparam: Literal[FORMS] = "direct"  # how γ is parameterised: ScaleVector has the formulas
-    final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head [R]
+    final_norm_role: Literal["input", "output"] = "input"  # role of the γ before the LM head
     # mixture of experts
     n_experts: Annotated[int, 0, 65536] = 0  # SwiGLU experts in place of each FFN; 0 is a dense model
     experts_per_token: Count = 2  # experts that a token goes through
-    n_shared_experts: Whole = 0  # experts that every token goes through, on top of those
     expert_dim: Whole = 0  # width of an expert; 0 gives the FLOPs of a dense FFN of ffn_dim
+    shared_dim: Whole = 0  # width of the FFN that every token goes through besides; 0 is none
     router: Literal["softmax", "softmax_all", "sigmoid"] = "softmax"  # weights of the chosen: see MoE
     router_aux: Amount = 0.02  # weight of the load-balancing loss
     router_z: Amount = 0.001  # weight of the z-loss on router logits
@@ -66,19 +69,23 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
             raise ConfigError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
-        self.ffn_dim = self.ffn_dim or int(8 * self.n_embd / 3)  # SwiGLU's three matrices, as many as 4·n_embd's two
+        # SwiGLU's three matrices, as many as 4·n_embd's two
+        self.ffn_dim, self.ffn_extra = (self.ffn_dim or int(8 * self.n_embd / 3)) + self.ffn_extra, 0
         if self.n_experts:
             if self.experts_per_token > self.n_experts:
                 raise ConfigError(f"experts_per_token {self.experts_per_token} is more than n_experts {self.n_experts}")
             # as many FLOPs per token as the dense FFN
-            self.expert_dim = self.expert_dim or self.ffn_dim // (self.experts_per_token + self.n_shared_experts)
+            self.expert_dim = self.expert_dim or max(0, self.ffn_dim - self.shared_dim) // self.experts_per_token
             if not self.expert_dim:
                 raise ConfigError(f"ffn_dim {self.ffn_dim} leaves no channel for an expert; set expert_dim")
-        elif self.expert_dim or self.n_shared_experts:
-            raise ConfigError("expert_dim and n_shared_experts need n_experts")
+        elif self.expert_dim or self.shared_dim:
+            raise ConfigError("expert_dim and shared_dim need n_experts")
         self.attn_placement = self.placement if self.attn_placement == "same" else self.attn_placement
         self.v_placement = self.attn_placement if self.v_placement == "same" else self.v_placement
         self.ffn_placement = self.placement if self.ffn_placement == "same" else self.ffn_placement
+        if self.head_placement == "same":  # a norm without a vector after it would fix the logits' size at 1
+            bare = self.placement == "norm" or (self.placement == "dual_norm" and not self.scale_vectors)
+            self.head_placement = "input" if bare else self.placement
         self.dtype = "float32" if self.dtype == "auto" else self.dtype
 
 
@@ -91,9 +98,9 @@ class Settings(GPTConfig):
     lr: Amount = 2e-3  # peak learning rate
     scale_lr_mult: Amount = 1.0  # times lr, for scale vectors
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
-    min_lr_frac: Fraction = 0.1  # of lr, at the end
+    min_lr_frac: Fraction = 0.05  # of lr, where cosine ends; wsd ends at 0
     warmup_steps: Whole = 50  # steps of linear warm-up
-    decay_frac: Fraction = 1 / 3  # of all steps: wsd's decay
+    decay_frac: Fraction = 0.2  # of all steps: wsd's decay
     shard_optimizer: bool = False  # ZeRO-1: each process keeps a share of the optimizer's state
     weight_decay: Amount = 0.1  # on matrices, embeddings, and scale_decay's γ
     scale_decay: Literal["input", "all", "none", "output"] = "all"  # roles of γ that weight decay acts on; input is IWD

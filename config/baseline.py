@@ -1,5 +1,5 @@
-# Pre-Norm RMSNorm with one γ for each norm, decayed with everything else: what the paper improves on. These are the
-# defaults. (nanoGPT's convention would be scale_decay = "none": see wd_none.py.)
+# Pre-Norm RMSNorm with one γ per norm, decayed like every other parameter: the paper's baseline. These are the
+# defaults. (nanoGPT does not decay γ: see wd_none.py.)
 scale_vectors = True
 heterogeneous = False
 placement = "input"

@@ -1,2 +1,2 @@
-# DNP (paper): a norm and a scale vector after q, k, v, gate and up. Where it acts is our reading.
+# DNP (paper): DP with a norm between the branch and its output vector.
 placement = "dual_norm"

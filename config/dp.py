@@ -1,2 +1,2 @@
-# DP (paper): a scale vector on the output side of q, k, v, gate and up too. Where it acts is our reading.
+# DP (paper): a scale vector before and after each branch.
 placement = "dual"

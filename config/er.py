@@ -1,2 +1,2 @@
-# ER (paper): γ = exp(β) exp(α − mean α).
+# ER (paper): γ = exp(β) exp(α − mean α), which starts at β = 0, α = 0 [R].
 reparam = "er"

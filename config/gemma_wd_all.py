@@ -1,3 +1,3 @@
-# The paper's weight-decay study on Gemma's norms, where output-role γ exist in the baseline: every γ decays.
+# The paper's weight-decay study, figure 3, on Gemma's layout, whose baseline has output-role γ: every γ decays.
 arch = "gemma"
 scale_decay = "all"

@@ -1,2 +1,2 @@
-# HG (paper): q, k, v, gate and up have a γ of their own.
+# HG (paper): q, k, v, gate, up and the LM head each have their own γ. Figure 5.
 heterogeneous = True

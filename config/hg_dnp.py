@@ -1,3 +1,3 @@
-# Second step of the build-up to unified: HG + DNP.
+# HG + DNP (paper). Figure 5.
 heterogeneous = True
 placement = "dual_norm"

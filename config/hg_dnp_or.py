@@ -1,4 +1,4 @@
-# Third step of the build-up to unified, HG + DNP + OR; also unified without IWD, for leave-one-out.
+# HG + DNP + OR (paper): unified without IWD. Figure 5.
 heterogeneous = True
 placement = "dual_norm"
 reparam = "or"

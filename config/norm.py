@@ -1,2 +1,3 @@
-# Our control for dnp.py: its norms without its scale vectors. In attention this is QK-norm, known to help by itself.
+# Our control for dnp.py: its norms without its output vectors; in attention this is QK-norm without γ. The LM head has
+# no norm here: without a vector after it, the logits' size would be fixed at 1.
 placement = "norm"

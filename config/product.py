@@ -1,2 +1,2 @@
-# A peer of OR: γ = β α, with no norm in it.
+# A rival of OR: γ = β α, without a norm.
 reparam = "product"

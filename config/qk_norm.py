@@ -1,3 +1,2 @@
-# A control for unified: the baseline with a norm and its γ after q and k, none after v, gate and up.
-attn_placement = "dual_norm"
-v_placement = "input"
+# QK-norm as Qwen3 and Gemma have it, a control: RMSNorm over each head of q and k, with one γ that the heads share.
+qk_norm = True

@@ -1,4 +1,4 @@
-# The paper's unified strategy: HG + DNP + OR + IWD. Where DNP acts, and that decay spares OR's α, is reconstructed.
+# The paper's unified strategy: HG + DNP + OR + IWD.
 heterogeneous = True
 placement = "dual_norm"
 reparam = "or"

@@ -1,4 +1,4 @@
-# A competing reading of unified: weight decay acts on OR's α too.
+# unified with weight decay on OR's α too: the paper does not say whether IWD means β only or both [R].
 heterogeneous = True
 placement = "dual_norm"
 reparam = "or"

@@ -1,5 +1,5 @@
 # unified without DNP's norms: HG + DP + OR + IWD. Ours. All of it folds into the cast of the weights, so that it costs
-# nothing, and it leaves as a plain Llama.
+# almost nothing, and the model exports as a plain Llama.
 heterogeneous = True
 placement = "dual"
 reparam = "or"

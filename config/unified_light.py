@@ -1,6 +1,6 @@
-# Between unified and unified_free, ours: DNP in attention, which is unified's QK-norm, and DP in the FFN.
+# Between unified and unified_free, ours: DNP in attention, where it is QK-norm, and DP in the FFN and on the LM head.
 heterogeneous = True
+placement = "dual"
 attn_placement = "dual_norm"
-ffn_placement = "dual"
 reparam = "or"
 scale_decay = "input"

@@ -1,4 +1,4 @@
-# Our control for unified: the norms of DNP without their scale vectors.
+# Our control for unified: the norms of DNP without their output vectors (and no norm at the LM head).
 heterogeneous = True
 placement = "norm"
 reparam = "or"

@@ -1,2 +1,2 @@
-# Weight decay on γ with the output role alone: IWD's opposite.
+# Weight decay only on γ with the output role: IWD's opposite.
 scale_decay = "output"

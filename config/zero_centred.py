@@ -1,2 +1,2 @@
-# A peer of OR, from Gemma: γ = 1 + w, so that decay pulls γ to 1.
+# γ = 1 + w, as Gemma has it, so that decay pulls γ to 1.
 reparam = "zero_centred"

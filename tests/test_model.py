@@ -6,11 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from paper import as_written
 
+from configurator import configure
 from kernels import apply_rope
 from model import GPT, rope_tables
 from norms import ScaleVector
-from settings import FORMS, PLACEMENTS, GPTConfig
+from settings import FORMS, PLACEMENTS, GPTConfig, Settings, gpt_config
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, ffn_dim=20, vocab_size=31, block_size=12, init_std=0.02,
             embedding_std=0.02)
@@ -38,29 +41,96 @@ def shake(model, seed=1):
     return model
 
 
-@pytest.mark.parametrize("arch,form,placement,heterogeneous", VARIANTS)
-@pytest.mark.parametrize("tie", [False, True])
-def test_written_and_folded_agree_in_loss_and_every_gradient(arch, form, placement, heterogeneous, tie):
-    # without ε, since an idle Pre-Norm is left out when folded
-    model = shake(tiny(arch=arch, reparam=form, placement=placement, heterogeneous=heterogeneous,
-                       tie_embeddings=tie, norm_eps=0.0, dtype="float64")).double()
+def loss_and_gradients(model):
+    model.zero_grad(set_to_none=True)
+    x, y = tokens()
+    loss = model(x, y)[1]
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def both_ways(model):
+    """Loss and gradients of the folded model and of the one as the paper writes it."""
+    ours = loss_and_gradients(model)
+    with as_written():
+        return ours, loss_and_gradients(model)
+
+
+def loud(model):
+    """fp64, with matrices so large that an error cannot hide in flat logits, and no ε, which the paper has not either."""
+    shake(model).double()
+    for module in model.modules():
+        module.eps = 0.0
     with torch.no_grad():
         for _, p, role, _ in model.named_roles():
             if role in ("matrix", "embedding"):
-                p.mul_(10)  # at 0.02 the logits are so flat that an error could hide
-    x, y = tokens()
-    results = []
-    for written in (False, True):
-        for module in model.modules():
-            module.written = written
-        model.zero_grad(set_to_none=True)
-        loss = model(x, y)[1]
-        loss.backward()
-        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
-    (loss, grads), (loss_, grads_) = results
-    assert abs(loss - loss_) < 1e-10
-    for name in grads:
-        assert grads[name] is not None and (grads[name] - grads_[name]).abs().max() < 1e-10, name
+                p.mul_(10)
+    return model
+
+
+def assert_close(a, b, atol):
+    assert abs(a[0] - b[0]) < atol
+    for name in a[1]:
+        assert (a[1][name] - b[1][name]).abs().max() < atol, name
+
+
+@pytest.mark.parametrize("arch,form,placement,heterogeneous", VARIANTS)
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_folded_model_equals_the_written_one_in_loss_and_every_gradient(arch, form, placement, heterogeneous, tie):
+    model = loud(tiny(arch=arch, reparam=form, placement=placement, heterogeneous=heterogeneous, tie_embeddings=tie,
+                      norm_eps=0.0, dtype="float64"))
+    assert_close(*both_ways(model), 1e-10)
+
+
+@pytest.mark.parametrize("vocab_size", [31, 128])  # below and above the 8 · n_embd from which the Gram matrix is used
+@pytest.mark.parametrize("head_placement", PLACEMENTS)
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_heads_placement_in_both_ways(vocab_size, head_placement, tie):
+    model = loud(tiny(head_placement=head_placement, heterogeneous=True, reparam="or", vocab_size=vocab_size,
+                      tie_embeddings=tie, qk_norm=True, norm_eps=0.0, dtype="float64"))
+    assert model.lm_head.gram_pays == (vocab_size == 128 and head_placement in ("dual_norm", "norm"))
+    assert ("lm_head" in model.lm_head.u) == (head_placement in ("after", "dual", "dual_norm"))
+    assert_close(*both_ways(model), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gram_matrix_rounds_no_worse_than_a_norm_of_the_logits(dtype):
+    kw = dict(head_placement="dual_norm", reparam="or", vocab_size=4096)
+    exact = tiny(**kw, dtype="float64").double()(tokens()[0])[0]
+    model = tiny(**kw, dtype=dtype)
+    ours = model(tokens()[0])[0]
+    with as_written():
+        written = model(tokens()[0])[0]
+    assert ours.dtype == getattr(torch, dtype)
+    assert (ours.double() - exact).norm() < 1.1 * (written.double() - exact).norm()
+
+
+@pytest.mark.parametrize("placement,kw,head", [
+    ("dual_norm", {}, "dual_norm"), ("after", {}, "after"), ("norm", {}, "input"),
+    ("dual_norm", dict(scale_vectors=False), "input"), ("dual", dict(head_placement="dual_norm"), "dual_norm")])
+def test_the_heads_placement_follows_the_others_unless_its_logits_would_have_size_1(placement, kw, head):
+    assert GPTConfig(placement=placement, **kw).head_placement == head
+
+
+@pytest.mark.parametrize("rms", [1e-3, 1.0])
+def test_an_idle_pre_norm_is_idle_at_any_size_of_the_stream(rms):
+    """v's β at 0.05, where runs end, on a residual stream of rms 1e-3: left out or not, the Pre-Norm changes nothing."""
+    model = tiny(placement="dual_norm", heterogeneous=True, reparam="or", dtype="float64").double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".beta") and ".v." in name and "lm_head" not in name:
+                p.fill_(0.05)
+        model.wte.mul_(rms / model.wte.square().mean().sqrt())
+    ours = model(*tokens())[1]
+    with as_written():
+        assert abs(ours - model(*tokens())[1]) < 1e-4 * ours
+
+
+def test_training_while_a_generator_is_open_gives_every_parameter_its_gradient():
+    model, fresh = (tiny(placement="dual_norm", heterogeneous=True) for _ in range(2))
+    next(model.generate(tokens(B=1, T=3)[0], 5))
+    for (name, a), b in zip(loss_and_gradients(model)[1].items(), loss_and_gradients(fresh)[1].values()):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma"])
@@ -112,19 +182,38 @@ def test_rope_turns_by_relative_position():
     assert math.isclose(math.atan2(sin[1, 0], cos[1, 0]), 1.0, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("kw,params,scale_params", [
-    (dict(), 1028065024, 80640),
-    (dict(scale_vectors=False), 1028065024 - 80640, 0),
-    # HG: three γ and two for one each; OR: β for each vector
-    (dict(heterogeneous=True), None, 22 * 5 * 1792 + 1792),
-    (dict(heterogeneous=True, placement="dual_norm", reparam="or"), None,
-     22 * (5 * 1793 + 3 * 1793 + 2 * 4779) + 1793),
-])
-def test_counts_of_the_papers_1b(kw, params, scale_params):
+def size(name, *strategies):
+    files = [ROOT / "config" / "size" / f"{name}.py", *(ROOT / "config" / f"{s}.py" for s in strategies)]
     with torch.device("meta"):
-        counts = GPT(GPTConfig(n_layer=22, n_head=28, n_embd=1792, vocab_size=50304, block_size=1024, **kw)).counts()
-    assert counts["scale_params"] == scale_params
-    assert counts["params"] == (params or 1028065024 - 80640 + scale_params)
+        return GPT(gpt_config(configure(Settings, map(str, files))[0])).counts()
+
+
+@pytest.mark.parametrize("name,strategies,params,scale_params", [
+    ("llama_0.12b", (), 119_744_256, 13 * 768),
+    ("llama_0.12b", ("unified",), 119_846_846, None),  # the paper's 0.11985B; without the head's u it is 0.11980B
+    ("llama_0.12b", ("ffn_plus_8",), 119_854_848, None),  # the paper's Llama-large
+    ("llama_1b", (), 1_028_065_024, 80_640),
+    ("llama_1b", ("no_scale",), 1_028_065_024 - 80_640, 0),
+])
+def test_counts_that_the_paper_prints(name, strategies, params, scale_params):
+    counts = size(name, *strategies)
+    assert counts["params"] == params and scale_params in (None, counts["scale_params"])
+
+
+# beside the paper's names of them; its 0.5B (0.18B) prints a width of 748, and its 1B (0.38B) a shape with 0.355B active
+@pytest.mark.parametrize("name,params,active", [
+    ("llama_0.12b", 119_744_256, 119_744_256), ("llama_0.25b", 254_018_560, 254_018_560),
+    ("llama_0.5b", 482_696_960, 482_696_960), ("llama_0.75b", 749_142_528, 749_142_528),
+    ("llama_1b", 1_028_065_024, 1_028_065_024),
+    ("moe_0.25b", 251_044_480, 113_633_920),  # 0.25B (0.11B)
+    ("moe_0.5b", 480_942_336, 183_671_040),  # 0.5B (0.18B)
+    ("moe_0.8b", 797_327_040, 281_231_040),  # 0.8B (0.28B)
+    ("moe_1b", 1_058_931_712, 354_976_768),  # 1B (0.38B)
+    ("moe_2b", 1_996_574_720, 620_856_320),  # 2B (0.62B)
+])
+def test_counts_of_the_papers_ten_sizes(name, params, active):
+    counts = size(name)
+    assert (counts["params"], counts["active_params"]) == (params, active)
 
 
 def test_flops_by_hand():

@@ -163,16 +163,16 @@ def test_branches_are_the_formulas_of_the_paper(form, placement, heterogeneous):
     b = randomised(Branches(n_in, n_out, placement, heterogeneous, form, group=group).double())
     h = torch.randn(3, 5, n_in, dtype=torch.float64)
     for y, c in zip(b(h), n_out):
-        v = b.v[c if heterogeneous else "shared"]()
+        v = 1.0 if placement == "after" else b.v[c if heterogeneous else "shared"]()
         expected = (h * v) @ b.weight[c].T
         if placement in ("dual_norm", "norm"):
             heads = expected.unflatten(-1, (-1, group))
-            expected = naive_rms_norm(heads, 1e-6).flatten(-2)
-        if placement in ("dual", "dual_norm"):
+            expected = naive_rms_norm(heads, 1e-16).flatten(-2)
+        if placement in ("after", "dual", "dual_norm"):
             expected = expected * b.u[c]()
         assert torch.allclose(y, expected, atol=1e-12)
-    assert len(b.v) == (2 if heterogeneous else 1)
-    assert len(b.u) == (2 if placement in ("dual", "dual_norm") else 0)
+    assert len(b.v) == (0 if placement == "after" else 2 if heterogeneous else 1)
+    assert len(b.u) == (2 if placement in ("after", "dual", "dual_norm") else 0)
 
 
 def test_the_fold_rounds_no_worse_than_scaling_activations_in_bf16():

@@ -105,6 +105,6 @@ def test_schedules():
     cosine, wsd, constant = (schedule(kind) for kind in ("cosine", "wsd", "constant"))
     assert cosine[55] == pytest.approx(1.1) and cosine[100] == pytest.approx(0.2)
     assert all(a > b for a, b in zip(cosine[10:], cosine[11:]))
-    assert wsd[10:71] == [2.0] * 61 and wsd[85] == pytest.approx(1.1) and wsd[100] == pytest.approx(0.2)
+    assert wsd[10:71] == [2.0] * 61 and wsd[85] == pytest.approx(1.0) and wsd[100] == 0.0
     assert constant[10:] == [2.0] * 91
     assert lr_at(0, 1.0, "cosine", 0, 1, 0.1, 0.3) == 1.0  # no warm-up, one step: no division by zero

@@ -1,9 +1,10 @@
-# 0.25B, a size of the paper's. Shape, lr, batch and data are ours.
+# The paper's dense 0.25B.
+# Silent in the paper, so ours [R]: warm-up, init, data.
 n_layer, n_head, n_embd = 12, 16, 1024
 init_std, embedding_std = 0.02, 0.02
 vocab_size, block_size = 50304, 1024
 dataset = "fineweb"
 batch_tokens, micro_batch = 512 * 1024, 16
-max_steps = 100 * 254_018_560 // batch_tokens  # 100 tokens for each parameter of the baseline, as in the paper
-lr, warmup_steps = 1e-3, 1000
+max_steps = 50000
+lr, warmup_steps = 2e-3, 1000
 eval_interval, eval_tokens, save_interval = 1000, 10240 * 1024, 1000

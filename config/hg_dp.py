@@ -1,0 +1,3 @@
+# HG + DP (paper). Figure 5.
+heterogeneous = True
+placement = "dual"

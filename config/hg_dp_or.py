@@ -1,0 +1,4 @@
+# HG + DP + OR (paper). Figure 5.
+heterogeneous = True
+placement = "dual"
+reparam = "or"
