@@ -68,7 +68,7 @@ def every_strategy(dtype):
     for path in sorted((ROOT / "config").glob("*.py")):
         step(dtype, path.stem)
     for name in ("baseline", "unified_free", "unified"):
-        step(dtype, name, "--n_experts=4", "--expert_dim=341", "--n_shared_experts=1", "--expert_scales=own")
+        step(dtype, name, "--n_experts=4", "--expert_dim=341", "--shared_dim=341", "--expert_scales=own")
 
 
 def wide():

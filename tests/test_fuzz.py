@@ -83,7 +83,7 @@ POOLS = dict(
     save_interval=[1, 2], seed=[0, 2**32 - 1], sample_tokens=[0, 9], device=["cpu", "gpu", "meta", "cuda:99", ""],
     dataset=["CORPUS", "nothing", "", "./", "/"], out_dir=["RUN", "RUN/a/b", "FILE", "FILE/a", "n" * 300],
     dtype=["auto", "float32", "bfloat16"], shard_optimizer=[True, False],
-    n_experts=[0, 1, 4], experts_per_token=[1, 2, 9], n_shared_experts=[0, 1], expert_dim=[0, 3, 8],
+    n_experts=[0, 1, 4], experts_per_token=[1, 2, 9], shared_dim=[0, 8], expert_dim=[0, 3, 8],
     router=["softmax", "softmax_all", "sigmoid"], router_aux=[0.0, 1e30], router_z=[0.0, 1e30], router_bias=[0.0, 1e30],
     expert_scales=["shared", "own"])
 

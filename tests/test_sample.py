@@ -21,7 +21,7 @@ SHAPE = dict(n_layer=2, n_embd=32, n_head=4, ffn_dim=40, block_size=16, vocab_si
 MODELS = [dict(), dict(heterogeneous=True, placement="dual_norm", reparam="or"), dict(n_kv_head=2), dict(n_kv_head=1),
           dict(arch="gemma"), dict(arch="gemma", n_kv_head=2, qkv_norm="full", placement="dual"), dict(d_head=6),
           dict(tie_embeddings=True, scale_vectors=False), dict(block_size=1), dict(block_size=7),
-          *(dict(n_experts=5, router=router, router_bias=0.01, n_shared_experts=1, expert_dim=24)
+          *(dict(n_experts=5, router=router, router_bias=0.01, shared_dim=24, expert_dim=24)
             for router in ("softmax", "softmax_all", "sigmoid")),
           dict(n_experts=4, heterogeneous=True, placement="dual_norm", expert_scales="own", reparam="or")]
 MIXTURE = ["--n_experts=4", "--expert_dim=24"]
@@ -101,7 +101,7 @@ def text_of(args, capsys):
 @pytest.mark.parametrize("case,flags", [
     ("baseline", ()), ("unified", ()), ("gemma_wd_all", ()), ("unified-8", ()), ("hg", MIXTURE), ("unified", MIXTURE),
     ("gemma_wd_all", (*MIXTURE, "--router=softmax_all")), ("dp", (*MIXTURE, "--router=softmax_all")),
-    ("hg", (*MIXTURE, "--router=sigmoid", "--router_bias=0.01", "--n_shared_experts=1"))], ids=str)
+    ("hg", (*MIXTURE, "--router=sigmoid", "--router_bias=0.01", "--shared_dim=24"))], ids=str)
 def test_a_run_and_its_export_write_the_same_text(case, flags, tmp_path, capsys):
     model, ours = save_run(tmp_path / "run", [*TINY, *CASES[case], *flags]), load_tokenizer("bytes")
     export(export_arguments([str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "hf")]))
