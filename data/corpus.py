@@ -7,6 +7,7 @@ Knows tokens.py and configurator.py.
 import hashlib
 import os
 import shutil
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,13 +15,37 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import ConfigError, open_file, streams
+from configurator import ConfigError, open_file, streams, unheard
 from data.tokens import UNFINISHED, BinWriter, DataError, GPT2Tokenizer, load_tokenizer, open_tokens, write_meta
+
+
+def find_files(root, ignored):
+    """
+    The files under root, [(path inside root, with slashes, path)]. ignored: tells of a name whether to pass it over.
+    What cannot be text (links to folders or to nothing, FIFOs, devices) is counted on stderr. Raises DataError for a
+    folder that cannot be listed, because a corpus without it would be another one.
+    """
+    def stop(error):
+        raise error
+
+    found, left_out = [], []
+    try:
+        for folder, folders, names in os.walk(root, onerror=stop):
+            folders[:] = [name for name in folders if not ignored(name)]
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for path in (Path(folder, name) for name in names + links if not ignored(name)):
+                (found if path.is_file() else left_out).append(path)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; put that right and run this again") from None
+    if left_out:
+        print(f"{root}: {len(left_out)} left out, which are links to folders or to nothing, or special files; the "
+              f"first is {left_out[0]}", file=sys.stderr)
+    return [(path.relative_to(root).as_posix(), path) for path in found]
 
 
 def goes_to_val(key):
     """About 5% of files, by a hash of the name: it splits the same on every machine and whatever else is there."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") % 100 < 5
+    return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], "big") % 100 < 5
 
 
 def encode_file(path, tokenizer):
@@ -64,9 +89,10 @@ def write_corpus(files, out, tokenizer, unit=str):
     unit: maps a key to the name whose hash decides the split; files with one name stay on one side
     Raises DataError if no file holds text, or one cannot be read.
     """
-    files, tok = sorted(files), load_tokenizer(tokenizer)
+    # Names are bytes, and the characters that stand for them depend on the locale.
+    files, tok = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    skipped = 0
+    skipped, notes = 0, {}
     encoded = in_threads(lambda file: encode_file(file[1], tok), files)
     with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:
         for (key, _), tokens in tqdm(zip(files, encoded), out.name, len(files), unit="file", disable=None):
@@ -81,20 +107,27 @@ def write_corpus(files, out, tokenizer, unit=str):
             train.write(val.cut(val.count))
         if not val.count:
             val.write(train.cut(max(1, train.count // 20)))
-            print("split: too few files to split by file, so val is the last 5% of the tokens")
+            notes["split"] = "too few files to split by file, so val is the last 5% of the tokens"
         train.flush()
         val.flush()
         # A kill from now on leaves files of two corpora, and a meta.json of the old one would be believed.
         (out / UNFINISHED).touch()
         (out / "meta.json").unlink(missing_ok=True)
-    print(f"files: {len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)")
-    finish(out, tok)
+    notes["files"] = f"{len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)"
+    finish(out, tok, notes)
 
 
-def finish(out, tokenizer):
-    """Writes meta.json and prints what the folder holds."""
-    for key, value in (write_meta(out, tokenizer) | {"folder": out}).items():
-        print(f"{key}: {value}")
+def finish(out, tokenizer, notes={}):
+    """Writes meta.json, then prints the notes and what the folder holds: nothing is lost where nobody can read it."""
+    meta = write_meta(out, tokenizer)
+    try:
+        for key, value in (notes | meta | {"folder": out}).items():
+            print(f"{key}: {value}")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        unheard()
+        raise DataError(f"stdout: {error.strerror}; but {out} is complete") from None
 
 
 def download(repo, sources, out, convert):
@@ -138,6 +171,8 @@ def command_line(prepare, parser):
         prepare(**arguments)
     except ConfigError as error:
         parser.exit(2, f"{error}\n")
+    except BrokenPipeError:  # `| head`: the corpus is complete, because printing comes last
+        unheard()
     except OSError as error:  # a full disk, a folder that cannot be written
         where = error.filename or arguments["out"] or parser.prog
         parser.exit(2, f"{where}: {error.strerror or error}; make room or name another --out\n")

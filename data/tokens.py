@@ -44,7 +44,7 @@ def rebuild_command(folder):
               "pysrc_site": "pysrc/prepare.py --site_packages",
               "pysrc_gpt2_site": "pysrc/prepare.py --tokenizer gpt2 --site_packages",
               }.get(folder.name, f"{folder.name}/prepare.py")
-    if folder.resolve().parent == HERE and (HERE / script.split()[0]).exists():
+    if Path(os.path.realpath(folder)).parent == HERE and (HERE / script.split()[0]).exists():
         return f"python data/{script}"
     return f"python data/text/prepare.py FOLDER --out {folder}"
 
@@ -55,9 +55,15 @@ def rebuild_command(folder):
 def split_files(folder, split):
     """
     The .bin files of a split in a folder, [Path], sorted: those with the word train, or val, in their names.
-    Raises DataError for a name with both words.
+    Raises DataError for a name with both words, and for a folder that cannot be listed.
     """
-    words = {path: set(re.findall("[a-z]+", path.stem)) for path in sorted(Path(folder).glob("*.bin"))}
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}; name a folder that can be read") from None
+    words = {Path(folder, name): set(re.findall("[a-z]+", name[:-4])) for name in names if name.endswith(".bin")}
     for path, found in words.items():
         if {"train", "val"} <= found:
             raise DataError(f"{path}: both train and val are in its name; rename it after the one that it is")
@@ -167,9 +173,9 @@ def read_meta(folder):
     Raises DataError for one that cannot be right, and for a folder whose prepare.py was stopped between two files.
     """
     path, again = Path(folder) / "meta.json", rebuild_command(folder)
-    if path.with_name(UNFINISHED).exists():
+    if os.path.exists(path.with_name(UNFINISHED)):
         raise DataError(f"{folder}: not whole, prepare.py is at it or was stopped; if it was, run: {again}")
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     try:
         meta = read_json(path)
@@ -256,8 +262,8 @@ class Tokens:
     batch() is a pure function of (files, seed, index): a run that resumes at step s, or ranks that share a batch, ask
     for the indices they need and get what one uninterrupted process would have seen.
 
-    n_tokens int · n_windows int, for window() · windows_per_epoch int, for batch() · paths [Path] · meta dict, as
-    read_meta gives it · tokenizer str, or None where it is not known
+    n_tokens int, in the files that hold a window at least · n_windows int, for window() · windows_per_epoch int, for
+    batch() · paths [Path] · meta dict, as read_meta gives it · tokenizer str, or None where it is not known
     Raises DataError, naming the file, for data that is missing, damaged, too short or of a larger vocabulary.
     """
 
@@ -276,16 +282,14 @@ class Tokens:
         if self.meta.get("vocab_size", 0) > vocab_size:
             raise DataError(f"{self.folder}: its tokenizer has {self.meta['vocab_size']} tokens and the model only "
                             f"{vocab_size}; set --vocab_size={self.meta['vocab_size']} or more")
-        tokens, self.maps = zip(*(open_tokens(path) for path in self.paths))
-        self.lengths = np.array([len(shard) for shard in tokens], np.int64)
-        self.n_tokens, longest = int(self.lengths.sum()), int(self.lengths.max())
+        self.lengths = np.array([len(open_tokens(path)[0]) for path in self.paths], np.int64)
+        self.n_tokens, longest = int(self.lengths[self.lengths > block_size].sum()), int(self.lengths.max())
         if longest <= block_size:
             shorter = f"set --block_size={longest - 1} or less, or " * (longest > 1)
             raise DataError(f"{self.folder}: the longest {split} file has {longest} tokens, and block_size "
                             f"{block_size} needs one more than itself; {shorter}prepare more text")
-        # Every window of every shard as a row of block_size + 1 tokens; a view, nothing is read yet.
-        self.rows = [np.lib.stride_tricks.sliding_window_view(shard, block_size + 1)
-                     if len(shard) > block_size else None for shard in tokens]
+        # Not all at once: a mapped file holds a descriptor, and often no more than 1024 of those are allowed.
+        self._open = lru_cache(256)(self._open)
 
         # In training a shard gives up one window, so that the rest can start at an offset that differs by epoch and
         # the number of windows does not. A window reads one token more than it advances: the last one's target.
@@ -356,15 +360,23 @@ class Tokens:
         before = np.concatenate([[0], ends])[shard]
         return shard, (windows - before) * self.block_size
 
+    def _open(self, s):
+        """Every window of shard s as a row of block_size + 1 tokens, a view of its mmap, and the mmap."""
+        tokens, content = open_tokens(self.paths[s])
+        if len(tokens) != self.lengths[s]:
+            raise DataError(f"{self.paths[s]}: was replaced while it was read; start the run again")
+        return np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1), content
+
     def _read(self, shard, start):
         rows = np.empty((len(shard), self.block_size + 1), np.uint16)
         for s in np.unique(shard):
+            windows, content = self._open(s)
             # To read past the end of a file that was cut kills the process; it may still be cut just now.
-            if self.maps[s].size() < len(self.maps[s]):
+            if content.size() < len(content):
                 raise DataError(f"{self.paths[s]}: was cut while it was read; make it anew with: "
                                 f"{rebuild_command(self.folder)}, then go on with --resume=True")
             mask = shard == s
-            rows[mask] = self.rows[s][start[mask]]
+            rows[mask] = windows[start[mask]]
         # On a GPU an index past the embedding is a device assert far from here, on a CPU a crash without a file name.
         if rows.max(initial=0) >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
@@ -381,10 +393,11 @@ class Tokens:
         minutes would be switched off.
         """
         digest, piece = hashlib.sha256(), 2 ** 16
-        whole = 2 * self.n_tokens <= 64 * 2 ** 20
-        for path, length, file in zip(self.paths, self.lengths, self.maps):
-            digest.update(f"{path.name} {length}\n".encode())
-            content = memoryview(file)[HEADER_BYTES:]
+        whole = 2 * self.lengths.sum() <= 64 * 2 ** 20
+        for path in self.paths:
+            tokens, content = open_tokens(path)
+            digest.update(os.fsencode(path.name) + f" {len(tokens)}\n".encode())
+            content = memoryview(content)[HEADER_BYTES:]
             if whole or len(content) <= 16 * piece:
                 digest.update(content)
             else:

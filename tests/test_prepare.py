@@ -80,6 +80,47 @@ def test_text_keeps_every_document_once_and_splits_by_name(tmp_path, request, to
     assert "files: 120 (3 skipped" in printed and "too few" not in printed
 
 
+@pytest.mark.parametrize("prepare", [text.prepare, pysrc.prepare])
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch, prepare):
+    source = tree(tmp_path / "in", {f"{i % 2}/{i}.py": "some text" for i in range(20)})
+    monkeypatch.setattr(pysrc.sysconfig, "get_path", lambda name: str(source))
+    real = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "1":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError) as error:
+        prepare(*[source] * (prepare == text.prepare), out=tmp_path / "out")
+    one_line(error, f"{source}/1: Permission denied")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_and_special_files_are_counted(tmp_path, capsys):
+    """A link to a file is text as the file is; one to a folder could lead in a circle."""
+    source = tree(tmp_path / "in", TEXTS | {".hidden/a.txt": "x"})
+    (source / "file").symlink_to("d0/file 7.txt")
+    (source / "circle").symlink_to("circle")
+    (source / "d0/up").symlink_to("..")
+    (source / ".link").symlink_to("nowhere")
+    os.mkfifo(source / "fifo")
+    text.prepare(source, out=tmp_path / "out")
+    out, err = capsys.readouterr()
+    assert "files: 121 (0 skipped" in out
+    assert err.startswith(f"{source}: 3 left out, which are links to folders or to nothing, or special files")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+def test_the_order_of_names_is_that_of_their_bytes(tmp_path):
+    """As characters they would be in another order, and in a third one in a locale without Unicode."""
+    names = [b"z", "漢".encode(), "\uff71".encode(), b"\xff"]
+    tree(tmp_path / "in", {os.fsdecode(name): f"{i}" * 200 for i, name in enumerate(names)})
+    out = text.prepare(tmp_path / "in", out=tmp_path / "out")
+    tokens = np.concatenate([np.fromfile(out / f"{split}.bin", "<u2", offset=1024) for split in ("train", "val")])
+    assert tokens.astype(np.uint8).tobytes() == b"".join(b"\0" + b"%d" % i * 200 for i in range(4))
+
+
 def test_split_is_about_a_twentieth_and_the_same_everywhere():
     names = [f"package/module_{i}.py" for i in range(20000)]
     assert np.mean([corpus.goes_to_val(name) for name in names]) == pytest.approx(0.05, abs=0.005)
@@ -116,7 +157,7 @@ def test_text_prepared_where_it_lies_is_the_same_again(tmp_path):
     (NO_TEXT, "*", "none of 3 files holds UTF-8 text"),
     ({".hidden": "x"}, "*", "no files match *"),
     (TEXTS, "*.py", "no files match *.py"),
-    (None, "*", "not a folder"),
+    (None, "*", "No such file or directory"),
 ])
 def test_folder_without_text_is_refused_and_the_old_corpus_stays(tmp_path, files, glob, said):
     out = text.prepare(tree(tmp_path / "good", TEXTS), out=tmp_path / "out")
@@ -577,7 +618,10 @@ def test_help_shows_the_docstring_and_the_defaults(tmp_path, module):
     ("pysrc", ["--tokenizer", "words"], "'words'"),
     ("pysrc", ["--out", "file"], "file"),
     ("text", [], "FOLDER"),
-    ("text", ["nowhere"], "nowhere: not a folder"),
+    ("text", ["nowhere"], "nowhere: No such file or directory"),
+    ("text", ["circle"], "circle: Too many levels of symbolic links"),
+    ("text", [".", "--out", "circle"], "circle: File exists"),
+    ("fineweb", ["--shards", "9" * 400], "1 to 103"),
     ("fineweb", ["--shards", "104"], "1 to 103"),
     ("c4", ["--shards", "x"], "--shards"),
     ("c4", ["--shards", "0"], "1 to 1024"),
@@ -586,10 +630,11 @@ def test_help_shows_the_docstring_and_the_defaults(tmp_path, module):
 ])
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, corpus_, arguments, said):
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "circle").symlink_to("circle")
     done = run(corpus_, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.count("\n") == 1 and said in done.stderr
-    assert os.listdir(tmp_path) == ["file"]
+    assert done.stderr.splitlines()[-1].count(said) == 1 and "Traceback" not in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["circle", "file"]
 
 
 def test_text_says_what_it_did(tmp_path):
@@ -598,6 +643,21 @@ def test_text_says_what_it_did(tmp_path):
     assert done.returncode == 0 and not done.stderr  # no bar where nobody looks
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
         "files", "tokenizer", "vocab_size", "train_tokens", "val_tokens", "folder"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("stdout, code, said", [
+    ("/dev/full", 2, "stdout: No space left on device; but out is complete\n"), (None, 0, "")])
+def test_a_stdout_that_fails_loses_nothing(tmp_path, stdout, code, said):
+    """A full disk behind it, and a pipe that nobody reads, as after `| head -1`."""
+    tree(tmp_path / "in", {"a.txt": "text" * 100})
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, HERE / "text/prepare.py", "in", "--out", "out"]
+    with open(stdout or writer, "w") as out:
+        done = subprocess.run(command, cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.lstrip()) == (code, said)
+    assert Tokens(tmp_path / "out", "train", 8, 256).tokenizer == "bytes"
 
 
 def test_home_is_where_it_is(tmp_path):

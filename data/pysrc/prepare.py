@@ -4,6 +4,7 @@ Source that is not UTF-8 text is skipped. About 5% of the files go to validation
 files are near-duplicates of each other (encodings, lib2to3) stay on one side of the split.
 """
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,7 +13,7 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import Parser
-from data.corpus import command_line, home, write_corpus
+from data.corpus import command_line, find_files, home, write_corpus
 from data.tokens import HERE
 
 
@@ -36,10 +37,9 @@ def source_files(site_packages=False):
     skip = {"site-packages", "dist-packages", "__pycache__"}
     files = {}
     for root in dict.fromkeys(Path(sysconfig.get_path(name)) for name in names):
-        for path in root.rglob("*.py"):
-            key = path.relative_to(root)
-            if not skip & set(key.parts) and path.is_file():
-                files.setdefault(path.resolve(), key.as_posix())  # lib64 may be a link to lib
+        for key, path in find_files(root, skip.__contains__) if root.exists() else ():
+            if key.endswith(".py"):
+                files.setdefault(os.path.realpath(path), key)  # lib64 may be a link to lib
     return [(key, path) for path, key in files.items()]
 
 

@@ -4,6 +4,7 @@ Files that are hidden, or not UTF-8 text, are skipped. About 5% of the files go 
 inside the folder; where there are too few for that, the last 5% of the tokens.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,26 +12,21 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import Parser
-from data.corpus import command_line, home, write_corpus
+from data.corpus import command_line, find_files, home, write_corpus
 from data.tokens import HERE, DataError
 
 
 def prepare(folder, glob=None, tokenizer="bytes", out=HERE / "text"):
     """Writes the corpus of the files that match a pattern of the list and returns its folder. Raises DataError."""
     glob = glob or ["*"]
-    if not folder.is_dir():
-        raise DataError(f"{folder}: not a folder; name one that holds text files")
-    files = set()
+    files = find_files(folder, lambda name: name.startswith("."))
     try:
-        found = [path for pattern in glob for path in folder.rglob(pattern)]
+        chosen = {path for pattern in glob for path in folder.rglob(pattern)}
     except (ValueError, NotImplementedError) as error:  # empty, absolute
         raise DataError(f"--glob {' '.join(glob)}: {error}; a pattern is like *.txt") from None
-    for path in found:
-        key = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in key.parts)
-        # Our own meta.json is text too, and would make a second run differ from the first.
-        if path.is_file() and not hidden and path.resolve() != (out / "meta.json").resolve():
-            files.add((key.as_posix(), path))
+    # Our own meta.json is text too, and would make a second run differ from the first.
+    own = os.path.realpath(out / "meta.json")
+    files = [(key, path) for key, path in files if path in chosen and os.path.realpath(path) != own]
     if not files:
         raise DataError(f"{folder}: no files match {' '.join(glob)}; name another folder or --glob")
     write_corpus(files, out, tokenizer)
