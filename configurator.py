@@ -201,35 +201,57 @@ def help_text(settings_class):
     return "\n".join(lines)
 
 
+class _Stream:
+    """A standard stream to print to. Once it cannot be written, what is printed to it goes nowhere."""
+
+    def __init__(self, stream):
+        self._stream, self.error = stream, None
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._unless_lost(self._stream.write, text)
+
+    def flush(self):
+        return self._unless_lost(self._stream.flush)
+
+    def _unless_lost(self, do, *args):
+        try:
+            return do(*args)
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self.error = e
+            if not isinstance(e, BrokenPipeError):  # `| head` has seen enough; a full disk is worth a line
+                print(f"{os.path.basename(sys.argv[0])}: what it prints is lost: {e.strerror}", file=sys.stderr)
+
+
 def streams():
     """
-    What every script does first: what a terminal cannot show becomes a question mark, what is printed to a closed
-    stream goes nowhere, Ctrl-C is one line, and a reader that has gone, as `| head` does, is none.
+    Every script calls this first. A character that a terminal cannot show becomes a question mark. A stream that is
+    closed, a full disk behind it, or a reader that has gone, as `| head` does, ends the printing and not the script;
+    unheard() tells. Ctrl-C is one line.
     """
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # opened in this order they become 0, 1 and 2, which no other file is to be
+        if getattr(sys, name) is None:  # opened in this order they become 0, 1 and 2, which no other file may become
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # whoever reads a pipe sees each line as it comes
-    sys.stderr.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        stream.reconfigure(errors="replace", line_buffering=True)  # whoever reads a pipe sees each line as it comes
+        setattr(sys, name, _Stream(stream))
     sys.excepthook = _ended
 
 
 def _ended(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
-    elif issubclass(kind, BrokenPipeError):  # `| head` has seen enough
-        unheard()
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 def unheard():
-    """Send to nowhere what is still printed, once nobody reads it: the pipe is closed, or the terminal has gone."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            print(end="\r", file=stream, flush=True)  # under PYTHONUNBUFFERED a flush writes nothing, and finds nothing
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Whether what is printed goes nowhere: its reader has gone, its terminal was lost, or its disk is full."""
+    return any(getattr(stream, "error", None) is not None for stream in (sys.stdout, sys.stderr))
 
 
 def from_command_line(settings_class, usage):
@@ -237,8 +259,8 @@ def from_command_line(settings_class, usage):
     streams()
     args = sys.argv[1:]
     if "--help" in args or "-h" in args:
-        print(usage.strip() + "\n\nsettings, with their defaults:\n" + help_text(settings_class))
-        sys.exit(0)
+        print((usage or "").strip() + "\n\nsettings, with their defaults:\n" + help_text(settings_class))
+        sys.exit(int(unheard()))
     try:
         return configure(settings_class, args)
     except ConfigError as e:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
@@ -64,8 +65,9 @@ def process_group(distributed, device, minutes):
                                 timeout=timeout)
         yield
         dist.barrier()  # nobody leaves while another may still be in a collective
-    except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+    except BaseException as e:
+        traceback.clear_frames(e.__traceback__)  # DDP's model holds the group, whose threads must end before the process
+        if not isinstance(e, RuntimeError) or not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         raise ConnectionError(f"another process has ended, or stood still for {minutes:g} minutes (--dist_timeout): "
                               f"{str(e).splitlines()[0]}") from None

@@ -489,6 +489,6 @@ def take_shape(s, shape, where):
     """Set what shape, a dict, names in the settings s. Raises ConfigError where s has neither that nor its default."""
     for name, theirs in shape.items():
         mine = getattr(s, name)
-        if mine not in (theirs, type(s).__dataclass_fields__[name].default):
+        if mine not in (theirs, type(s).__dataclass_fields__[name].default, 0):
             raise ConfigError(f"{name} {mine!r} contradicts {where}, which has {theirs!r}; leave it out")
         setattr(s, name, theirs)

@@ -113,6 +113,7 @@ class Settings(GPTConfig):
     batch_tokens: Count = 4096  # tokens in an optimizer step, over all processes
     micro_batch: Count = 16  # sequences in a forward pass of one process, at most
     max_steps: Count = 700  # optimizer steps
+    stop_at: Whole = 0  # stop after this step, with the schedule of max_steps; --resume=True goes on; 0 is no stop
     eval_interval: Count = 100  # steps between evaluations
     eval_tokens: Whole = 131072  # tokens of an evaluation, spread evenly over the validation split; 0 is all of it
     log_interval: Count = 10  # steps between rows of the log
@@ -128,6 +129,7 @@ class Settings(GPTConfig):
     kernels: Literal["auto", "torch"] = "auto"  # auto is Triton's on cuda; torch is their twins, also to edit those
     dist_timeout: Annotated[float, 0.01, 1e6] = 10.0  # minutes that processes wait for one that stands still
     sample_tokens: Whole = 256  # tokens of text shown at the end
+    wandb: str = ""  # Weights & Biases project that the rows of log.csv go to as well; empty is none
     dry_run: bool = False  # print the counts and the parameter groups, train nothing
 
     def __post_init__(self):
@@ -136,9 +138,9 @@ class Settings(GPTConfig):
 
 # What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
 # schedule's end, knowingly.
-FREE_ON_RESUME = {"micro_batch", "max_steps", "eval_interval", "log_interval", "save_interval", "out_dir", "resume",
-                  "overwrite", "device", "dtype", "compile", "kernels", "sample_tokens", "shard_optimizer",
-                  "dist_timeout", "dry_run"}
+FREE_ON_RESUME = {"micro_batch", "max_steps", "stop_at", "eval_interval", "log_interval", "save_interval", "out_dir",
+                  "resume", "overwrite", "device", "dtype", "compile", "kernels", "sample_tokens", "shard_optimizer",
+                  "dist_timeout", "dry_run", "wandb"}
 
 
 def gpt_config(s, dtype="float32"):

@@ -134,26 +134,6 @@ def restore(ckpt, path, model, optimizers, scaler):
     return ckpt["step"], skipped
 
 
-def open_logs(s, out, step, counts, device, world):
-    """Write config.json and open log.csv, scales.csv and a mixture's experts.csv: (log, scales, experts or None)."""
-    commit, resumed = git_commit(), []
-    if step:
-        if missing := [name for name in ("config.json", "log.csv", "scales.csv") if not (out / name).exists()]:
-            print(f"{' and '.join(missing)} of the first {step} steps are missing from {s.out_dir}")
-        before = read_json(out / "config.json") if "config.json" not in missing else {}
-        resumed = before["resumed"] if isinstance(before.get("resumed"), list) else []
-        last = resumed[-1] if resumed and isinstance(resumed[-1], dict) else before
-        if last.get("git_commit", commit) != commit:
-            print(f"the code has changed since step {step}: it was {last['git_commit']}, and is {commit}")
-        resumed.append({"step": step, "git_commit": commit})
-        commit = before.get("git_commit", "unknown")
-    write_whole(out / "config.json", json.dumps({
-        "settings": asdict(s), "versions": versions(), "git_commit": commit, "resumed": resumed,
-        "device": device_name(device), "processes": world, **counts}, indent=1))
-    return (CSVLog(out / "log.csv", LOG_COLUMNS, step), CSVLog(out / "scales.csv", SCALE_COLUMNS, step),
-            CSVLog(out / "experts.csv", EXPERT_COLUMNS, step) if s.n_experts else None)
-
-
 @contextlib.contextmanager
 def noted_signals():
     """
@@ -175,16 +155,6 @@ def noted_signals():
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def noted_silence(signals):
-    """Somebody who no longer reads what is printed, as with `| head` or a lost terminal, is a reason to stop too."""
-    try:
-        yield
-    except OSError:
-        unheard()
-        signals.append(13)  # SIGPIPE, which Windows has not
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -223,6 +193,85 @@ def expert_statistics(load, entropy, step):
             for layer, (most, idle, h) in enumerate(values)]
 
 
+class RunLog:
+    """What a run writes and shows while it trains: config.json, the CSV files, and lines or a progress bar."""
+
+    def __init__(self, s, out, step, counts, device, world):
+        describe_run(s, out, step, {"device": device_name(device), "processes": world, **counts})
+        self.s, self.first_step, self.logged = s, step, 0
+        self.rows = CSVLog(out / "log.csv", LOG_COLUMNS, step)
+        self.scales = CSVLog(out / "scales.csv", SCALE_COLUMNS, step)
+        self.experts = CSVLog(out / "experts.csv", EXPERT_COLUMNS, step) if s.n_experts else None
+        self.wandb = start_wandb(s, out) if s.wandb else None
+        self.bar = tqdm(total=s.max_steps, initial=step, disable=not sys.stderr.isatty(), unit="step",
+                        dynamic_ncols=True)
+
+    def write(self, step, row, skipped, routed, seconds, model):
+        """
+        A row of log.csv, with scales.csv where row has a val_loss, and a line.
+
+        row: what is known of the step, by column. routed: settle_routers' result. seconds: of each step so far.
+        """
+        rate = tokens_per_second(seconds[self.logged:], self.s)
+        self.logged = len(seconds)
+        row = {**row, "step": step, "tokens": step * self.s.batch_tokens, "skipped": skipped,
+               "tokens_per_second": f"{rate:.0f}"}
+        if "val_loss" in row:
+            self.scales.write(*scale_statistics(model, step))
+        self.rows.write({name: row.get(name, "") for name in LOG_COLUMNS})
+        if self.wandb:
+            self.wandb.log({name: float(value) for name, value in row.items()}, step=step)
+        shown = {name: float(row[name]) for name in ("train_loss", "val_loss") if name in row}
+        if routed:
+            layers = expert_statistics(*routed, step)
+            self.experts.write(*layers)
+            shown["load_max"] = max(float(layer["load_max"]) for layer in layers)
+            shown["idle"] = sum(layer["idle"] for layer in layers)
+        if skipped:
+            shown["skipped"] = skipped
+        shown = {name: f"{value:.5g}" for name, value in shown.items()}
+        self.bar.set_postfix(shown, refresh=False)
+        if self.bar.disable or "val_loss" in row:
+            self.bar.write(f"step {step:6d}  " + "".join(f"{name} {value}  " for name, value in shown.items())
+                           + (f"{rate:,.0f} tokens/s" if rate else ""))
+
+    def close(self):
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(s, out):
+    """A run of Weights & Biases, named after out_dir. Raises ConfigError where that cannot be."""
+    try:
+        import wandb
+        return wandb.init(project=s.wandb, name=out.name, dir=out, config=asdict(s))
+    except Exception as e:  # not installed, not logged in, not reachable
+        raise ConfigError(f"--wandb={s.wandb}: {e}. Leave it out, or set WANDB_MODE=offline") from None
+
+
+def describe_run(s, out, step, facts):
+    """Write config.json: the settings, versions and facts, and the commit of the start and of each resumption."""
+    commit, resumed = git_commit(), []
+    if step:
+        if missing := [name for name in ("config.json", "log.csv", "scales.csv") if not (out / name).exists()]:
+            print(f"{' and '.join(missing)} of the first {step} steps are missing from {s.out_dir}")
+        before = read_json(out / "config.json") if "config.json" not in missing else {}
+        resumed = before["resumed"] if isinstance(before.get("resumed"), list) else []
+        last = resumed[-1] if resumed and isinstance(resumed[-1], dict) else before
+        if last.get("git_commit", commit) != commit:
+            print(f"the code has changed since step {step}: it was {last['git_commit']}, and is {commit}")
+        resumed.append({"step": step, "git_commit": commit})
+        commit = before.get("git_commit", "unknown")
+    write_whole(out / "config.json", json.dumps({"settings": asdict(s), "versions": versions(), "git_commit": commit,
+                                                 "resumed": resumed, **facts}, indent=1))
+
+
+def tokens_per_second(seconds, s):
+    """Of the steps that took so many seconds each; 0 where there are none."""
+    return len(seconds) * s.batch_tokens / sum(seconds) if seconds else 0.0
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # one step
 
@@ -249,6 +298,44 @@ def evaluate(model, data, s, device, rank, world):
         dist.all_reduce(total)
         total = total.item()
     return total / len(windows)
+
+
+def update(model, optimizers, scaler, loss, stop, s, world):
+    """
+    Clip the gradients and step the optimizers. In fp16 a step whose gradients overflow is left out.
+
+    Returns (loss, gradient norm, whether the step was left out, whether any process wants to stop), equal on all
+    processes, which therefore stop at the same step.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+    status = torch.stack((loss / world, norm / world, norm.new_tensor(float(stop))))
+    if world > 1:
+        dist.all_reduce(status)
+    if not scaler.is_enabled():  # launched before the CPU waits for the device, which it does only in tolist()
+        for optimizer in optimizers:
+            optimizer.step()
+    loss, norm, stop = status.tolist()
+    overflow = False
+    if scaler.is_enabled():
+        scaler.update()
+        overflow = not math.isfinite(norm) and scaler.get_scale() >= 1
+        for optimizer in optimizers if math.isfinite(norm) else ():
+            optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return loss, norm, overflow, bool(stop)
+
+
+def settle_routers(model, n_micro, world):
+    """After a step of n_micro batches, balance a mixture's routers. Returns (load, mean entropy) of all processes."""
+    load, entropy = take_router_statistics(model)
+    if world > 1:
+        dist.all_reduce(load)
+        dist.all_reduce(entropy)
+    balance_routers(model, load)
+    return load, entropy / (n_micro * world)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,34 +370,42 @@ def main(s, config_files=()):
                 train(s, out, train_data, val_data, fingerprint, machine, rank, world, distributed, init_note)
 
 
+def data_parallel(model, device):
+    """The model, its gradients averaged over processes by each backward pass outside no_sync()."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of an argument's new name, which torch 2.11 does not have
+        # Buffers are equal everywhere, or each process has its own. A compiled model is cut where DDP's buckets end, so
+        # that they are sent while the backward pass goes on.
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                       broadcast_buffers=False)
+
+
 def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, distributed=False, note=""):
-    """The run itself, in the folder out, by settings that main completed: model, loop and report."""
+    """The run itself, in the folder out, with the settings that main completed: model, loop and report."""
     master = rank == 0  # prints and writes; the others only compute
-    device, dtype, fp16 = machine.device, machine.dtype, machine.dtype == "float16"
+    device, dtype = machine.device, machine.dtype
     share, micro, n_micro = batch_plan(s, world)
+    end = min(s.max_steps, s.stop_at or s.max_steps)
     step = first_step = skipped = 0
     ckpt = own_checkpoint(s, out / "ckpt.pt", fingerprint) if s.resume else None  # refused before memory is taken
-    if ckpt and ckpt["step"] >= s.max_steps:
-        if master:
-            print(f"{s.out_dir} is finished: step {ckpt['step']} of {s.max_steps}. A larger --max_steps continues it.")
+    if ckpt and ckpt["step"] >= end:
+        if master and end == s.max_steps:
+            print(f"{s.out_dir} is finished: step {ckpt['step']} of {end}. A larger --max_steps continues it.")
+        elif master:
+            print(f"{s.out_dir} is at step {ckpt['step']} already, and --stop_at is {end}. A larger one continues it.")
         return
     raw_model, optimizers = make_model(s, gpt_config(s, dtype), device, distributed)
-    # the loss is multiplied, so that fp16 does not lose small gradients; in other dtypes it is left alone
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    # fp16 would lose small gradients, so the loss is scaled up; other dtypes leave it as it is
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if ckpt:
         step, skipped = restore(ckpt, out / "ckpt.pt", raw_model, optimizers, scaler)
         first_step, ckpt = step, None  # lets go of the file
     ddp_model = model = torch.compile(raw_model) if machine.compile else raw_model
     if distributed:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # for a new name that torch 2.11 does not know
-            # Buffers are the same everywhere, or a process's own. Compiled, the model is cut where DDP's buckets end,
-            # so that they are sent while the backward pass goes on.
-            ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                                broadcast_buffers=False)
-    counts = raw_model.counts()
+        ddp_model = data_parallel(model, device)
+    counts, log = raw_model.counts(), None
     if master:
-        log, scales, experts = open_logs(s, out, step, counts, device, world)
+        log = RunLog(s, out, step, counts, device, world)
         print(f"{counts['params']:,} parameters, {counts['scale_params']:,} of them in scale vectors; "
               f"{train_data.n_tokens:,} tokens in {train_data.folder.name}; {s.max_steps} steps of {s.batch_tokens} "
               f"tokens on {device.type} in {dtype}{machine.why}{', compiled' * machine.compile}, with "
@@ -318,112 +413,60 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
         if note:
             print(note)
 
-    bar = tqdm(total=s.max_steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
-               dynamic_ncols=True)
-    val_loss, stopping, row, routed = None, False, {}, None
-    timed_steps, timed_seconds = 0, 0.0  # for tokens_per_second: steps alone, without the first, which compiles
-    since_log, seconds_since_log = 0, 0.0
-    try:
-        with noted_signals() as signals:
-            while True:
-                # Everything about step n happens before step n + 1 and in this order: evaluate, log, save. A resumed
-                # run begins right after that point, so nothing is done twice.
-                last = step == s.max_steps
-                if step > first_step or step == 0:
-                    if step % s.eval_interval == 0 or last:
-                        val_loss = evaluate(model, val_data, s, device, rank, world)
-                        row["val_loss"] = f"{val_loss:.6f}"
-                        if master:
-                            scales.write(*scale_statistics(raw_model, step))
-                    if master and (step % s.log_interval == 0 or "val_loss" in row or stopping):
-                        rate = since_log * s.batch_tokens / seconds_since_log if since_log else 0
-                        row.update(step=step, tokens=step * s.batch_tokens, skipped=skipped,
-                                   tokens_per_second=f"{rate:.0f}")
-                        since_log, seconds_since_log = 0, 0.0
-                        log.write({name: row.get(name, "") for name in LOG_COLUMNS})
-                        shown = {k: float(row[k]) for k in ("train_loss", "val_loss") if k in row}
-                        if s.n_experts and step > first_step:
-                            loads = expert_statistics(*routed, step)
-                            experts.write(*loads)
-                            shown["load_max"] = max(float(layer["load_max"]) for layer in loads)
-                            shown["idle"] = sum(layer["idle"] for layer in loads)
-                        if skipped:
-                            shown["skipped"] = skipped
-                        shown = {k: f"{v:.5g}" for k, v in shown.items()}
-                        bar.set_postfix(shown, refresh=False)
-                        with noted_silence(signals):
-                            if bar.disable or "val_loss" in row:
-                                bar.write(f"step {step:6d}  " + "".join(f"{k} {v}  " for k, v in shown.items())
-                                          + (f"{rate:,.0f} tokens/s" if rate else ""))
-                    if step > 0 and (step % s.save_interval == 0 or last or stopping):
-                        gather_state(optimizers)
-                        if master:
-                            save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, train_data.tokenizer,
-                                            fingerprint, {**scaler.state_dict(), "skipped": skipped})
-                            out = take_place(out, s)
-                if last or stopping:
-                    break
+    val_loss, stopping, row, routed, seconds = None, False, {}, None, []
+    with noted_signals() as signals, contextlib.closing(log) if master else contextlib.nullcontext():
+        while True:
+            # Everything about step n happens before step n + 1 and in this order: evaluate, log, save. A resumed run
+            # begins right after that point, so nothing is done twice.
+            last = step == end or stopping
+            if step > first_step or step == 0:
+                if step % s.eval_interval == 0 or step == s.max_steps:
+                    val_loss = evaluate(model, val_data, s, device, rank, world)
+                    row["val_loss"] = f"{val_loss:.6f}"
+                if master and (step % s.log_interval == 0 or "val_loss" in row or last):
+                    log.write(step, row, skipped, routed, seconds, raw_model)
+                if step > 0 and (step % s.save_interval == 0 or last):
+                    gather_state(optimizers)
+                    if master:
+                        save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, train_data.tokenizer,
+                                        fingerprint, {**scaler.state_dict(), "skipped": skipped})
+                        out = take_place(out, s)
+            if last:
+                break
 
-                started = time.perf_counter()
-                lr = lr_at(step, s.lr, s.schedule, s.warmup_steps, s.max_steps, s.min_lr_frac, s.decay_frac)
-                set_lr(optimizers, lr)
-                loss_sum = torch.zeros((), device=device)
-                for i in range(n_micro):
-                    first = step * (share * world) + rank * share + i * micro
-                    x, y = to_device(train_data.batch(first, micro), device)
-                    # gradients are averaged over processes once, after the last micro-batch
-                    with ddp_model.no_sync() if distributed and i < n_micro - 1 else contextlib.nullcontext():
-                        loss = ddp_model(x, y)[1] / n_micro
-                        scaler.scale(loss).backward()
-                    loss_sum += loss.detach()
-                for optimizer in optimizers:
-                    scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
-                status = torch.stack((loss_sum / world, norm / world, norm.new_tensor(float(bool(signals)))))
-                if distributed:
-                    dist.all_reduce(status)
-                # The CPU waits for the device in tolist() alone, with the optimizer's step launched. A NaN ends the run
-                # and is not saved. fp16 looks first, since a step with an overflow is left out.
-                for optimizer in optimizers if not fp16 else ():
-                    optimizer.step()
-                train_loss, norm, stopping = status.tolist()  # all processes agree on stopping, and at which step
-                scaler.update()
-                overflow = fp16 and not math.isfinite(norm) and scaler.get_scale() >= 1
-                if not math.isfinite(train_loss) or not (math.isfinite(norm) or overflow):
-                    raise Diverged(f"step {step}: loss {train_loss}, gradient norm {norm}. Try a lower --lr, a longer "
-                                   f"--warmup_steps or another --seed; {s.out_dir} keeps what was saved before")
-                skipped += overflow
-                for optimizer in optimizers:
-                    if fp16 and not overflow:
-                        optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                if s.n_experts:
-                    choices, entropy = take_router_statistics(raw_model)
-                    if distributed:
-                        dist.all_reduce(choices)
-                        dist.all_reduce(entropy)
-                    balance_routers(raw_model, choices)
-                    routed = choices, entropy / (n_micro * world)
-                step += 1
-                with noted_silence(signals):
-                    bar.update()
-                seconds = time.perf_counter() - started
-                since_log, seconds_since_log = since_log + 1, seconds_since_log + seconds
-                if step > first_step + 1:
-                    timed_steps, timed_seconds = timed_steps + 1, timed_seconds + seconds
-                row = {"train_loss": f"{train_loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}
-    finally:
-        with contextlib.suppress(OSError):
-            bar.close()
-        ddp_model = None  # its reducer holds on to the process group, whose threads must end before the process does
+            started = time.perf_counter()
+            lr = lr_at(step, s.lr, s.schedule, s.warmup_steps, s.max_steps, s.min_lr_frac, s.decay_frac)
+            set_lr(optimizers, lr)
+            loss_sum = torch.zeros((), device=device)
+            for i in range(n_micro):
+                first = step * (share * world) + rank * share + i * micro
+                x, y = to_device(train_data.batch(first, micro), device)
+                # gradients are averaged over processes once, after the last micro-batch
+                with ddp_model.no_sync() if distributed and i < n_micro - 1 else contextlib.nullcontext():
+                    loss = ddp_model(x, y)[1] / n_micro
+                    scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            loss, norm, overflow, stopping = update(raw_model, optimizers, scaler, loss_sum, bool(signals or unheard()),
+                                                    s, world)
+            if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):  # never saved
+                raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}. Try a lower --lr, a longer "
+                               f"--warmup_steps or another --seed; {s.out_dir} keeps what was saved before")
+            routed = settle_routers(raw_model, n_micro, world) if s.n_experts else None
+            row = {"train_loss": f"{loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}
+            skipped, step = skipped + overflow, step + 1
+            seconds.append(time.perf_counter() - started)
+            if master:
+                log.bar.update()
 
-    if stopping and step < s.max_steps:
+    if step < s.max_steps:
         if master:
-            print(f"stopped by a signal at step {step}; {s.out_dir}/ckpt.pt holds it, --resume=True goes on")
-        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
-    if master:
-        rate = timed_steps * s.batch_tokens / timed_seconds if timed_steps else 0.0
-        report(s, raw_model, val_data, val_loss, rate, device, world)
+            print(f"stopped by {'a signal' if stopping else '--stop_at'} at step {step}; {s.out_dir}/ckpt.pt holds it, "
+                  f"--resume=True goes on")
+        if stopping:
+            sys.exit(128 + (signals[0] if signals else 13 if unheard() else signal.SIGTERM))
+    elif master:
+        # the first step compiles
+        report(s, raw_model, val_data, val_loss, tokens_per_second(seconds[1:], s), device, world)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -478,8 +521,6 @@ def run(s, config_files=()):
         refuse(e)
     except (Diverged, kernels.KernelError) as e:
         refuse(e, 1)
-    except BrokenPipeError:
-        raise
     except OSError as e:
         ckpt = Path(s.out_dir, "ckpt.pt")
         refuse(f"{e}; " + (f"{ckpt} is kept: put that right, then --resume=True" if ckpt.exists() else
