@@ -197,12 +197,12 @@ class RunLog:
     """What a run writes and shows while it trains: config.json, the CSV files, and lines or a progress bar."""
 
     def __init__(self, s, out, step, counts, device, world):
+        self.wandb = start_wandb(s, out) if s.wandb else None  # first, since it may be refused
         describe_run(s, out, step, {"device": device_name(device), "processes": world, **counts})
         self.s, self.first_step, self.logged = s, step, 0
         self.rows = CSVLog(out / "log.csv", LOG_COLUMNS, step)
         self.scales = CSVLog(out / "scales.csv", SCALE_COLUMNS, step)
         self.experts = CSVLog(out / "experts.csv", EXPERT_COLUMNS, step) if s.n_experts else None
-        self.wandb = start_wandb(s, out) if s.wandb else None
         self.bar = tqdm(total=s.max_steps, initial=step, disable=not sys.stderr.isatty(), unit="step",
                         dynamic_ncols=True)
 
@@ -412,6 +412,9 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
               f"{'Triton' if machine.kernels == 'triton' else 'PyTorch'}'s kernels, to {s.out_dir}")
         if note:
             print(note)
+        if s.n_experts > 1 and s.experts_per_token == 1 and s.router != "softmax_all":
+            print(f"With one expert per token, router={s.router} always weighs it 1: only router_aux and router_z train "
+                  f"the router. With router=softmax_all the loss does, too.")
 
     val_loss, stopping, row, routed, seconds = None, False, {}, None, []
     with noted_signals() as signals, contextlib.closing(log) if master else contextlib.nullcontext():

@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 from conftest import ROOT
 
+import configurator
 from configurator import Amount, ConfigError, Count, Fraction, Whole, configure, open_file, read_json
 
 
@@ -161,3 +162,67 @@ def test_help_is_shown_by_a_terminal_that_cannot_show_all_of_it(script):
     run = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True,
                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0 and run.stdout.isascii() and not run.stderr, run.stderr
+
+
+# standard streams
+
+@pytest.fixture
+def printing_to(monkeypatch):
+    """A function that makes a file the standard output of a script that has just begun."""
+    def begin(file):
+        for name in ("stdin", "stdout", "stderr", "excepthook"):
+            monkeypatch.setattr(sys, name, getattr(sys, name))
+        monkeypatch.setattr(sys, "argv", ["/some/script.py"])
+        monkeypatch.setattr(sys, "stdout", file)
+        configurator.streams()
+    return begin
+
+
+def reader_that_left():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return open(theirs, "w")
+
+
+@pytest.mark.parametrize("lost, said", [
+    (reader_that_left, ""), (lambda: open("/dev/full", "w"), "script.py: what it prints is lost: No space left on device\n")])
+def test_a_stream_that_is_lost_ends_the_printing_and_nothing_else(printing_to, capsys, lost, said):
+    """No OSError reaches the script, which would take it for an error of the file that it writes."""
+    file = lost()
+    printing_to(file)
+    assert not configurator.unheard()
+    for _ in range(2):
+        print("a line")
+        print("a part", end="", flush=True)
+    assert configurator.unheard() and capsys.readouterr().err == said
+    file.close()  # what was left in its buffer goes nowhere too, where Python would end with exit code 120
+
+
+def test_a_stream_that_was_closed_from_the_start_is_not_lost(printing_to, capsys):
+    printing_to(None)
+    print("to nobody")
+    assert not configurator.unheard() and capsys.readouterr().err == ""
+
+
+def test_a_character_that_a_stream_cannot_show_becomes_a_question_mark(printing_to, tmp_path):
+    with open(tmp_path / "out", "w", encoding="ascii") as file:
+        printing_to(file)
+        print("γ", os.fsdecode(b"\xff"))
+    assert (tmp_path / "out").read_text() == "? ?\n"
+
+
+def test_help_to_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 1 and run.stderr == "train.py: what it prints is lost: No space left on device\n"
+
+
+def test_a_corpus_is_finished_for_a_reader_that_left(tmp_path):
+    (tmp_path / "source").mkdir()
+    for i in range(40):
+        (tmp_path / "source" / f"{i}.txt").write_text(f"text {i}\n" * 100)
+    with reader_that_left() as gone:
+        run = subprocess.run([sys.executable, str(ROOT / "data/text/prepare.py"), str(tmp_path / "source"),
+                              "--out", str(tmp_path / "out")], stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]

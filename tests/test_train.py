@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +118,53 @@ def test_twice_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(
     assert equal(weights(resumed), weights(reference))
     scales = [(Path(s.out_dir) / "scales.csv").read_text() for s in (resumed, reference)]
     assert scales[0] == scales[1]
+
+
+def test_stop_at_ends_a_run_in_the_middle_of_its_schedule(settings, tmp_path, capsys):
+    whole, parts = settings(schedule="wsd"), settings(schedule="wsd", out_dir=str(tmp_path / "parts"))
+    main(whole)
+    parts.stop_at = 3
+    main(parts)
+    assert "stopped by --stop_at at step 3" in capsys.readouterr().out
+    assert load_checkpoint(Path(parts.out_dir) / "ckpt.pt")["step"] == 3
+    parts.resume = True
+    main(parts)
+    assert "is at step 3 already, and --stop_at is 3" in capsys.readouterr().out
+    parts.stop_at = 0
+    main(parts)
+    assert log(parts) == log(whole) and log(parts, "lr") == log(whole, "lr") and equal(weights(parts), weights(whole))
+
+
+def test_wandb_gets_the_rows_of_the_log(settings, monkeypatch):
+    """With a stub: the package itself is a large one. In its offline mode it was tried by hand."""
+    started, rows, finished = [], {}, []
+    run = SimpleNamespace(log=lambda row, step: rows.update({step: row}), finish=lambda: finished.append(1))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kw: started.append(kw) or run))
+    main(settings(wandb="gammas"))
+    assert started[0]["project"] == "gammas" and started[0]["config"]["n_embd"] == 16 and finished
+    assert {step: row["train_loss"] for step, row in rows.items() if step} == {
+        step: float(loss) for step, loss in log(settings()).items()}
+    assert set(rows[4]) == set(train.LOG_COLUMNS)
+
+
+def test_wandb_that_is_not_installed_is_refused_before_anything_is_written(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="--wandb=gammas: .*wandb"):
+        main(settings(wandb="gammas"))
+    assert not Path(settings().out_dir).exists()
+
+
+@pytest.mark.parametrize("router, said", [("softmax", True), ("sigmoid", True), ("softmax_all", False)])
+def test_a_router_that_no_loss_trains_is_said(settings, capsys, router, said):
+    """With one expert per token its weight is 1, whatever the logits are."""
+    s = settings(n_experts=4, expert_dim=8, experts_per_token=1, router=router, router_aux=0.0, router_z=0.0,
+                 max_steps=1)
+    main(s)
+    assert ("With one expert per token" in capsys.readouterr().out) == said
+    model, tokens = train.GPT(train.gpt_config(s)), torch.randint(256, (4, 16))
+    model(tokens, tokens)[1].backward()
+    gradients = [p.grad.abs().max() for name, p in model.named_parameters() if "router.weight" in name]
+    assert (max(gradients) < 1e-7) == said
 
 
 def test_accumulated_micro_batches_are_the_whole_batch(settings, tmp_path):
