@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from configurator import ConfigError, Parser, open_file, refuse, streams
+from configurator import ConfigError, Parser, open_file, refuse, streams, unheard
 
 
 def arguments(args=None):
@@ -117,6 +117,8 @@ def main(args):
         decode, idx = decoder(start), torch.tensor([start], device=device)
         for token in model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, generator):
             print(decode(token.item()), end="", flush=True)
+            if unheard():  # `| head` has seen enough
+                sys.exit(130)
         print(decode(None))
 
 
@@ -128,5 +130,5 @@ if __name__ == "__main__":
         main(parsed)
     except (ConfigError, DataError) as e:
         refuse(e)
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         sys.exit(130)
