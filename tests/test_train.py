@@ -482,9 +482,9 @@ def test_every_config_file_dry_runs(path, capsys):
     main(s, files)
     printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert int(printed["scale_params"]) == 0 if path.stem == "no_scale" else int(printed["scale_params"]) > 0
-    if path.parent.name == "size" and path.stem not in ("quickstart", "moe_quickstart", "lab"):
-        # for each active parameter: a mixture is compared with a dense model at equal compute
-        assert s.max_steps == 100 * int(printed["active_params"]) // s.batch_tokens
+    if path.parent.name == "size" and path.stem[-1] == "b" and path.stem[-2].isdigit():
+        # the paper's steps: about 100 tokens per active parameter
+        assert s.max_steps * s.batch_tokens / int(printed["active_params"]) == pytest.approx(100, rel=0.2)
         size = re.search(r"_([\d.]+)b", path.stem).group(1)
         assert int(printed["params"]) / 1e9 == pytest.approx(float(size), rel=0.05)
 
