@@ -486,7 +486,7 @@ def test_every_config_file_dry_runs(path, capsys):
         # the paper's steps: about 100 tokens per active parameter
         assert s.max_steps * s.batch_tokens / int(printed["active_params"]) == pytest.approx(100, rel=0.2)
         size = re.search(r"_([\d.]+)b", path.stem).group(1)
-        assert int(printed["params"]) / 1e9 == pytest.approx(float(size), rel=0.05)
+        assert int(printed["params"]) / 1e9 == pytest.approx(float(size), rel=0.1)
 
 
 def test_a_dry_run_does_not_mind_the_run_in_its_folder(settings, capsys):
