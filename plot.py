@@ -9,7 +9,7 @@ curves     losses over tokens, and the difference to the reference, which of run
 gammas     every γ over time, by layer and branch
 ablation   each arm's difference to its reference with its interval, and the spread of the reference
 directions the magnitude of every γ (β under OR) and the angle its direction has turned
-scaling    L = a + b C^(-c), where arms are named 'strategy at size'
+scaling    L = a C^(-b), where arms are named 'strategy at size'
 
 Pictures of runs go to the first one's folder, or to --out.
 """
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from configurator import ConfigError, refuse, streams
-from stats import mean_and_half_width, read_csv, scaling_fits, summarise
+from stats import PF_DAY, mean_and_half_width, read_csv, scaling_fits, summarise
 
 # A card of its own: GitHub shows a picture on white and on near-black, and a transparent one is lost on either.
 PAPER, INK, PALE = "#fbfaf7", "#24292f", "#d9d6cf"
@@ -76,7 +76,7 @@ def plot_ablation(folder, arms):
             ax.barh(y, 2 * spread, left=-spread, height=0.7, color=PALE, zorder=0,
                     label="the reference against itself, other seeds" if y == 0 else None)
         ax.errorbar(a["delta"], y, xerr=a["half"], fmt="o", color=COLOURS[0], capsize=3, markersize=6,
-                    markerfacecolor=PAPER if a["verdict"] == "open" else COLOURS[0])
+                    markerfacecolor=PAPER if a["verdict"] == "not significant" else COLOURS[0])
     ax.axvline(0, color=INK, linewidth=0.8)
     references = {a["reference"] for a in compared.values()}
     ax.set_yticks(range(len(compared)), [name if len(references) == 1 else f"{name}  vs  {a['reference']}"
@@ -97,7 +97,7 @@ def by_seed(curves, column="val_loss"):
     """{arm: (tokens (k,), losses (seeds, k))} from rows of logs, at the steps that all seeds have."""
     runs = defaultdict(lambda: defaultdict(dict))
     for row in curves:
-        if row[column]:
+        if row.get(column):
             runs[row["arm"]][row["seed"]][int(row["tokens"])] = float(row[column])
     found = {}
     for arm, seeds in runs.items():
@@ -249,18 +249,15 @@ def plot_scaling(folder, arms):
         if (strategy := name.partition(" at ")[0]) in fits:
             ax.plot([a["flops"]] * len(a["losses"]), list(a["losses"].values()), "x" if "," in name else ".",
                     color=colours[strategy], alpha=0.5)
-    for name, (members, (a, b, c), ratio) in fits.items():
-        compute = np.array([m["flops"] for m in members])
+    for name, fit in fits.items():
+        (a, b), compute = fit["fit"], np.array([m["flops"] for m in fit["members"]])
         dense = np.geomspace(compute.min(), compute.max(), 100)
-        label = f"{name}: {a:.3f} + {b:.3g} C^(−{c:.3f})"
-        if ratio:
-            label += "; the same loss for 1/{:.2f} of the compute (95%: {:.2f} … {:.2f})".format(*ratio)
-        ax.plot(dense, a + b * dense**-c, color=colours[name], label=label)
+        ax.plot(dense, a * (dense / PF_DAY) ** -b, color=colours[name], label=f"{name}: {fit['text']}")
     ax.set_xscale("log")
     ax.set_xlabel("training compute C, FLOPs")
     ax.set_ylabel("validation loss, nats")
     others = "; crosses: other budgets, not fitted" if any(" at " in name and "," in name for name in arms) else ""
-    ax.set_title(f"L = a + b C^(−c); the ratio at the largest C, its interval over seeds{others}", loc="left")
+    ax.set_title(f"L = a C^(−b){others}", loc="left")
     figure.legend(loc="outside lower center", ncols=1)
     save(figure, folder, "scaling")
 

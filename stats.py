@@ -1,11 +1,12 @@
 """
-The tables and the statistics that ablate.py, bench.py and plot.py share. Knows configurator.py alone.
+Statistics of paired runs, and the tables that ablate.py writes. Knows configurator.py.
 """
 
 import csv
 import io
 import math
 import os
+import re
 import statistics
 from collections import defaultdict
 
@@ -15,13 +16,13 @@ from scipy.special import nctdtrinc, stdtr, stdtrit
 from configurator import ConfigError, open_file
 
 LEVEL = 0.05  # how often a suite in which nothing differs may call something a difference
-POWER = 0.8  # how often the effect that `sees` names would be called one
+POWER = 0.8  # how often a difference as large as `sees` would be called one
 
 
 def read_csv(path):
     """
-    Rows of a CSV as dicts, without one that a kill cut in the middle; [] where there is no file. Raises ConfigError for
-    what is none.
+    Rows of a CSV as dicts, without one that a kill cut in the middle; [] if there is no file. Raises ConfigError if it
+    is not a table.
     """
     if not os.path.exists(path):
         return []
@@ -37,12 +38,12 @@ def read_csv(path):
 # pairs
 
 
-def mean_and_half_width(values):
-    """The mean and half of its 95% interval by Student's t; the half is None for one value."""
+def mean_and_half_width(values, level=LEVEL):
+    """The mean and half of its interval at 1 - level by Student's t; the half is None for one value."""
     mean, n = statistics.mean(values), len(values)
     if n == 1:
         return mean, None
-    return mean, float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+    return mean, float(stdtrit(n - 1, 1 - level / 2)) * statistics.stdev(values) / math.sqrt(n)
 
 
 def paired_p(differences):
@@ -54,11 +55,20 @@ def paired_p(differences):
 
 
 def holm(p):
-    """{key: p} corrected by Holm: were nothing different, any is below 0.05 in a twentieth of all suites at most."""
-    corrected, largest = {}, 0.0
+    """
+    {key: (p corrected by Holm, the level at which his procedure tests it)} from {key: p}. If nothing differs, any
+    corrected p is below LEVEL in at most that share of suites.
+
+    The k-th smallest of m is tested at LEVEL / (m - k + 1). The procedure ends at the first that is not significant, so
+    those after it keep its level: an interval at an arm's level excludes 0 exactly if the arm's corrected p is below
+    LEVEL.
+    """
+    corrected, largest, level = {}, 0.0, LEVEL / max(1, len(p))
     for rank, key in enumerate(sorted(p, key=p.get)):
+        if largest < LEVEL:
+            level = LEVEL / (len(p) - rank)
         largest = max(largest, min(1.0, (len(p) - rank) * p[key]))
-        corrected[key] = largest
+        corrected[key] = largest, level
     return corrected
 
 
@@ -78,9 +88,10 @@ def summarise(rows):
 
     The dict: lr, reference, losses {seed: nats}, runs {seed: cell}, mean, params, tokens, flops; an arm that diverged
     with any seed is left out. Where the reference counts too and they share seeds: pairs (how many), added
-    (parameters), same (they are the same runs), delta and half (mean paired difference and half of its 95% interval),
+    (parameters), same (they are the same runs), delta and half (mean paired difference and half of its interval),
     and with two pairs or more p (Holm's, over the distinct comparisons), tests (how many these are), sees
-    (smallest_seen) and verdict, 'better', 'worse' or 'open'. half, p and sees are None for a single pair.
+    (smallest_seen) and verdict: 'better' or 'worse' if the interval excludes 0, else 'not significant'. The interval is
+    at the level at which Holm tests the arm. half, p and sees are None for a single pair.
     """
     found = defaultdict(dict)
     for row in rows:
@@ -105,7 +116,7 @@ def summarise(rows):
         a["pairs"], a["added"] = len(seeds), a["params"] - ref["params"]
         a["same"] = a["runs"] == ref["runs"]
         a["delta"], a["half"] = mean_and_half_width(differences)
-        a["p"], a["sees"], a["verdict"] = None, None, "open"
+        a["p"], a["sees"], a["verdict"] = None, None, "not significant"
         if len(seeds) > 1 and not a["same"]:
             # the same runs under two names, or compared both ways, are one comparison
             key = frozenset(frozenset(x["runs"][s] for s in seeds) for x in (a, ref))
@@ -113,8 +124,10 @@ def summarise(rows):
     corrected = holm({key: p for key, (p, _) in tested.items()})
     for key, (_, comparisons) in tested.items():
         for a, differences in comparisons:
-            a["p"], a["tests"], a["sees"] = corrected[key], len(tested), smallest_seen(differences, len(tested))
-            if a["p"] < LEVEL:
+            a["p"], level = corrected[key]
+            a["half"] = mean_and_half_width(differences, level)[1]
+            a["tests"], a["sees"] = len(tested), smallest_seen(differences, len(tested))
+            if abs(a["delta"]) > a["half"]:
                 a["verdict"] = "better" if a["delta"] < 0 else "worse"
     return arms
 
@@ -123,40 +136,29 @@ def summarise(rows):
 # scaling
 
 
-def fit_power_law(compute, loss):
-    """
-    Least squares of L = a + b C^(-c). compute, loss: (k,), k ≥ 3. Returns (a, b, c), b in units of compute^c.
+PF_DAY = 1e15 * 86400  # FLOPs
 
-    For each c the rest is a straight line, so c alone is searched, on grids that get finer around the best.
-    """
-    unit = np.exp(np.log(compute).mean())
-    centre, width = math.log(0.2), math.log(20)
-    for _ in range(5):
-        c = np.exp(np.linspace(centre - width, centre + width, 81))  # (81,)
-        x = (compute / unit) ** -c[:, None]  # (81, k)
-        from_mean, y = x - x.mean(1, keepdims=True), loss - loss.mean()
-        slope = (from_mean @ y) / (from_mean**2).sum(1)  # (81,)
-        best = ((slope[:, None] * from_mean - y) ** 2).sum(1).argmin()
-        centre, width = math.log(c[best]), width / 8
-    a, b, c = loss.mean() - slope[best] * x[best].mean(), slope[best], c[best]
-    return float(a), float(b * unit**c), float(c)
+
+def fit_power_law(compute, loss):
+    """(a, b) of L = a C^(-b), the paper's form, by least squares of the logarithms. compute, loss: (k,), k ≥ 2."""
+    slope, intercept = np.polyfit(np.log(compute), np.log(loss), 1)
+    return math.exp(intercept), -float(slope)
 
 
 def compute_ratio(reference, arm, at):
-    """How many times `at` a reference of fit (a, b, c) needs for the arm's loss there; nan if no compute is enough."""
-    a, b, c = reference
-    level = (arm[0] + arm[1] * at ** -arm[2] - a) / b
-    return level ** (-1 / c) / at if level > 0 else math.nan
+    """How many times `at` a reference of fit (a, b) needs for the loss that the arm has there."""
+    level = arm[0] * at ** -arm[1]
+    return (level / reference[0]) ** (-1 / reference[1]) / at
 
 
 def scaling_fits(arms):
     """
-    {strategy: (its arms, (a, b, c), (ratio, low, high) or None)} from arms of summarise() that are named 'strategy at
-    size', where there are three or more; those with a budget of their own, 'strategy at size, ...', take no part.
+    {strategy: dict} from arms of summarise() that are named 'strategy at size', for three sizes or more; those with a
+    budget of their own, 'strategy at size, ...', take no part.
 
-    The ratio is compute_ratio to the first strategy at the largest size: the geometric mean over seeds, each with two
-    fits of its own, and its 95% interval. In simulations of four sizes and three to five seeds that held the truth in
-    93 to 98% of all cases, and the percentiles of a bootstrap over seeds in 71 to 85%.
+    The dict: members (its arms), fit (a, b; C in PFLOP/s-days), exponent (b's mean over seeds and half of its 95%
+    interval), ratio (compute_ratio to the first strategy at the largest size, low, high, or None) and text. The ratio
+    is the geometric mean over seeds, each with a fit of its own, and its 95% interval.
     """
     families = defaultdict(list)
     for name, a in arms.items():
@@ -167,14 +169,102 @@ def scaling_fits(arms):
     for name, members in families.items():
         if len(members) < 3:
             continue
-        compute = np.array([a["flops"] for a in members])
-        fits[name] = members, fit_power_law(compute, np.array([a["mean"] for a in members])), None
-        seeds = set.intersection(*(set(a["losses"]) for a in members))
-        by_seed[name] = {s: fit_power_law(compute, np.array([a["losses"][s] for a in members])) for s in seeds}
-        first = next(iter(by_seed.values()))
-        ratios = [compute_ratio(first[s], by_seed[name][s], compute.max()) for s in sorted(seeds & first.keys())]
-        if len(by_seed) > 1 and ratios and not any(map(math.isnan, ratios)):
-            mean, half = mean_and_half_width([math.log(ratio) for ratio in ratios])
-            half = math.nan if half is None else half
-            fits[name] = *fits[name][:2], (math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+        compute = np.array([a["flops"] for a in members]) / PF_DAY
+        a, b = fit_power_law(compute, np.array([m["mean"] for m in members]))
+        seeds = sorted(set.intersection(*(set(m["losses"]) for m in members)))
+        by_seed[name] = {s: fit_power_law(compute, np.array([m["losses"][s] for m in members])) for s in seeds}
+        first, ratio = next(iter(by_seed.values())), None
+        exponent = mean_and_half_width([by_seed[name][s][1] for s in seeds]) if seeds else (b, None)
+        text = f"L = {a:.4f} C^(−{b:.4f}), C in PFLOP/s-days"
+        if exponent[1] is not None:
+            text += f"; exponent over seeds ±{exponent[1]:.4f}"
+        both = [s for s in seeds if s in first]
+        if len(by_seed) > 1 and len(both) > 1:
+            mean, half = mean_and_half_width([math.log(compute_ratio(first[s], by_seed[name][s], compute.max()))
+                                              for s in both])
+            ratio = tuple(math.exp(x) for x in (mean, mean - half, mean + half))
+            text += "; at the largest C the reference needs {:.3f} times the compute (95%: {:.3f} … {:.3f})".format(*ratio)
+        fits[name] = {"members": members, "fit": (a, b), "exponent": exponent, "ratio": ratio, "text": text}
     return fits
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the tables
+
+
+def escaped(name):
+    """A name for Markdown, in which no character is a mark."""
+    return re.sub(r"([\\|*_<`])", r"\\\1", name)
+
+
+def markdown_table(columns, rows):
+    """The lines of a Markdown table: its first column is words, the others are numbers."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def results_table(arms):
+    """The table of summarise()'s arms."""
+    rows = []
+    for name, a in arms.items():
+        difference, interval, p, sees, verdict, added = [""] * 6
+        if "delta" in a:
+            difference, added = f"{a['delta']:+.4f}", f"{a['added']:+,.0f}"
+            verdict = "same runs" if a["same"] else "one pair" if a["p"] is None else a["verdict"]
+            if a["p"] is not None:
+                interval = f"{a['delta'] - a['half']:+.4f} … {a['delta'] + a['half']:+.4f}"
+                p, sees = f"{a['p']:.2g}", f"±{a['sees']:.4f}"
+        rows.append([escaped(name), escaped(a["reference"]), f"{a['lr']:g}", f"{a['mean']:.4f}", difference, interval, p, verdict, sees,
+                     str(len(a["losses"])), added, f"{a['tokens']:,.0f}"])
+    return markdown_table(["arm", "reference", "lr", "val loss", "difference", "interval", "p", "verdict",
+                           "detectable", "seeds", "parameters added", "tokens"], rows)
+
+
+def tuning_table(rows):
+    """The mean loss of each arm at each rate over tuning seeds, the best in bold."""
+    losses = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        losses[row["arm"]][float(row["lr"])].append(float(row["val_loss"]))
+    grid, lines = sorted({float(row["lr"]) for row in rows}), []
+    for arm, by_rate in losses.items():
+        means = {lr: statistics.mean(by_rate[lr]) for lr in by_rate}
+        best = min(means, key=means.get)
+        lines.append([escaped(arm), *(f"**{means[lr]:.4f}**" if lr == best else f"{means[lr]:.4f}" if lr in means else ""
+                             for lr in grid)])
+    return markdown_table(["arm", *(f"{lr:g}" for lr in grid)], lines)
+
+
+def report_text(rows, command, bad):
+    """results.md from the rows of results.csv: the tables, how to read them, what does not count and why, what ran."""
+    if not rows:
+        return "No cell is finished yet.\n"
+    arms, tuning = summarise(rows), [row for row in rows if row["use"] == "tuning"]
+    tests = max((a["tests"] for a in arms.values() if a.get("p") is not None), default=0)
+    seeds = ", ".join(sorted({str(row["seed"]) for row in tuning}))
+    tuned = ("with a fixed learning rate" if not tuning else "all at the learning rate that is best for the reference"
+             if "--tune=reference" in command else "each at its own best learning rate")
+    lines = [f"# {rows[0]['suite']}", "", *results_table(arms), ""]
+    if tests:
+        lines.append(
+            f"Difference: an arm's validation loss (nats) minus its reference's, {tuned}"
+            f"{f' on seeds that are not reported ({seeds})' * bool(tuning)}, in pairs with the same seed and data order. "
+            f"p: paired t test, corrected by Holm for the suite's {tests} comparison{'s' * (tests > 1)}; below {LEVEL} an "
+            "arm is better or worse. Interval: Student's t over the pairs, at the level at which Holm's procedure tests "
+            "that arm, so it excludes 0 exactly where the verdict is better or worse. Detectable: the true difference "
+            f"that would be found with probability {POWER} at level {LEVEL} / {tests}.")
+    if tuning:
+        lines += ["", "Tuning: mean loss over the tuning seeds, the best in bold.", "", *tuning_table(tuning)]
+    lines.append("")
+    for name, fit in scaling_fits(arms).items():
+        lines.append(f"- {escaped(name)}: {fit['text']}")
+    for name, why in bad.items():
+        lines.append(f"- Not tuned: {escaped(name)}: {why}.")
+    for name in dict.fromkeys(row["arm"] for row in rows if row["use"] == "report" and row["arm"] not in arms):
+        lines.append(f"- Left out: {escaped(name)} diverged.")
+    if diverged := [f"{escaped(r['arm'])} at lr {r['lr']}, seed {r['seed']}" for r in rows if float(r["val_loss"]) == math.inf]:
+        lines.append(f"- Diverged: {'; '.join(diverged)}.")
+    lines.append(f"- Command: `{command}`")
+    lines.append(f"- Hours of processes: {sum(float(row['seconds']) for row in rows) / 3600:.1f}")
+    for name in ("code", "commit", "torch", "device"):
+        lines.append(f"- {name}: {'; '.join(dict.fromkeys(str(row[name]) for row in rows))}")
+    return "\n".join(lines) + "\n"
