@@ -1,0 +1,136 @@
+"""
+Make the first tables of results/README.md from the committed results and the paper's numbers:
+
+    python results/report.py
+
+results/SUITE holds the results of ablate.py's SUITE at the lab size, results/SUITE_0.86M those at 0.86M parameters.
+"""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from stats import escaped, markdown_table, read_csv, scaling_fits, summarise  # noqa: E402
+from suites import SIZES, SUITES  # noqa: E402
+
+START, END = "<!-- made by results/report.py -->", "<!-- end of what results/report.py made -->"
+ORDER = ["primary", *(name for name in SUITES if name != "primary")]
+LARGER = "_0.86M"
+
+
+def paper_numbers(path=HERE / "paper.csv"):
+    """{(figure, arm, reference): (panel, loss difference)}: the first panel that the paper has, its smallest model."""
+    found = {}
+    for row in read_csv(path):
+        if row["unit"] == "loss difference":
+            found.setdefault((row["figure"], row["arm"], row["reference"]), (row["panel"], float(row["number"])))
+    return found
+
+
+def noise(path=HERE / "paper.csv"):
+    """How far two plots of one run of the paper differ."""
+    return max(float(row["number"]) for row in read_csv(path) if row["unit"].startswith("loss difference, "))
+
+
+def ours(arm):
+    """What an arm of summarise() has to say, in a cell of a table."""
+    if arm is None or "delta" not in arm:
+        return "not run yet"
+    if arm["p"] is None:
+        return f"{arm['delta']:+.4f}, {'same runs' if arm['same'] else 'one pair'}"
+    low, high = arm["delta"] - arm["half"], arm["delta"] + arm["half"]
+    return f"{arm['delta']:+.4f} ({low:+.4f} … {high:+.4f}), {arm['verdict']}"
+
+
+def agrees(number, arm):
+    """Whether our difference has the direction of the paper's number, None or nats."""
+    if number is None or arm is None or arm.get("p") is None:
+        return ""
+    significant = arm["verdict"] != "not significant"
+    if abs(number) <= noise():  # the paper says that there is no difference
+        return "no" if significant else "yes"
+    same = (number < 0) == (arm["delta"] < 0)
+    return ("yes" if same else "no") + (", not significant" if not significant else "")
+
+
+def statements(folder, paper):
+    """
+    The rows of the table: one per comparison of every suite, each pair of strategies once. A comparison that stands in
+    several suites is quoted from the first, so that it has one verdict.
+    """
+    rows, seen = [], set()
+    for suite in ORDER:
+        lab, larger = (summarise(read_csv(folder / f"{suite}{size}" / "results.csv")) for size in ("", LARGER))
+        planned = {arm.name: arm for arm in SUITES[suite]}
+        pairs = [(name, arm.reference) for name, arm in planned.items() if arm.reference]
+        if suite in SIZES:  # the arms are named by size, which the results know
+            pairs = [(name, a["reference"]) for name, a in lab.items() if a["reference"]] or pairs
+        for name, reference in pairs:
+            if name in planned:
+                words = frozenset((planned[x].words, planned[x].steps, suite in SIZES) for x in (name, reference))
+                if words in seen:
+                    continue
+                seen.add(words)
+            figure = "figure10" if suite == "primary" else suite  # where the paper compares the two at one size
+            panel, number = paper.get((figure, name, reference), ("", None))
+            theirs = "" if number is None else "no difference" if number == 0 else f"{number:+.4f} ({panel})"
+            what = name if " vs " in name else f"{name} vs {reference}"
+            rows.append([f"[{suite}]({suite}/results.md)" if lab else suite, escaped(what), theirs,
+                         ours(lab.get(name)), ours(larger.get(name)) if larger else "", agrees(number, lab.get(name))])
+    return rows
+
+
+def fit_lines(folder):
+    """The paper's fits of loss over compute and ours, a line for each strategy."""
+    lines = []
+    for suite in SIZES:
+        theirs = {(row["arm"], row["unit"]): row["number"] for row in read_csv(HERE / "paper.csv")
+                  if row["figure"] == suite and row["panel"].startswith("fit")}
+        found = scaling_fits(summarise(read_csv(folder / suite / "results.csv")))
+        for strategy in ("baseline", "unified"):
+            a, b = theirs[strategy, "a"], theirs[strategy, "b"]
+            times = theirs.get((strategy, "times the compute"))
+            said = f"L = {a} C^(−{b})" + (f"; the baseline needs {times} times the compute" if times else "")
+            mine = found[strategy]["text"] if strategy in found else "not run yet"
+            lines.append(f"- {suite}, {strategy}. Paper: {said}. Ours: {mine}.")
+    return lines
+
+
+def commands(folder):
+    """Rows of the table of suites: name, seeds, tuning, hours on two cores, command."""
+    rows = []
+    for suite in [f"{suite}{size}" for suite in ORDER for size in ("", LARGER)]:
+        results, path = read_csv(folder / suite / "results.csv"), folder / suite / "results.md"
+        if results:
+            command = re.search("- Command: `(.*)`", path.read_text(encoding="utf-8"))[1]
+            seeds = {arm: sum(r["arm"] == arm and r["use"] == "report" for r in results) for arm in
+                     {r["arm"] for r in results if r["use"] == "report"}}
+            cells = {row["cell"]: float(row["seconds"]) for row in results}
+            rows.append([suite, f"{statistics.median(seeds.values()):.0f}" if seeds else "0",
+                         f"{sum(cells.values()) / 2 / 3600:.1f}", f"`{command}`"])
+    return rows
+
+
+def tables(folder=HERE):
+    """The text between the two marks: what the paper says, what we measured, how, and how long it takes."""
+    head = ["suite", "comparison", "paper", "lab size (0.27M), interval, verdict", "0.86M", "same direction"]
+    lines = markdown_table(head, statements(folder, paper_numbers()))
+    lines += ["", *fit_lines(folder), ""]
+    made = commands(folder)
+    if made:
+        lines += markdown_table(["suite", "seeds", "hours on two cores", "command"], made)
+    return "\n".join(lines)
+
+
+def main(readme=HERE / "README.md", folder=HERE):
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    readme.write_text(f"{before}{START}\n\n{tables(folder)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
