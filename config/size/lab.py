@@ -5,5 +5,5 @@ vocab_size, block_size = 256, 128
 dataset = "pysrc"
 batch_tokens, micro_batch = 2048, 16
 max_steps = 20 * 270_816 // batch_tokens  # 20 tokens for each parameter of the baseline
-lr, warmup_steps = 4e-3, 100
-eval_interval, eval_tokens, save_interval = 250, 262144, 1000
+lr, warmup_steps = 8e-3, 100
+eval_interval, eval_tokens, save_interval = 1322, 0, 1322  # half way and at the end, on all of the validation split
