@@ -39,7 +39,7 @@ def processes():
     if not there or set(there) <= {"MASTER_ADDR", "MASTER_PORT"}:
         return 0, 1, False
     numbers = [os.environ.get(name, "") for name in names[:3]]
-    if len(there) < len(names) or not all(n.isdigit() for n in numbers) or not int(numbers[0]) < int(numbers[2]):
+    if len(there) < len(names) or not all(n.isdecimal() for n in numbers) or not int(numbers[0]) < int(numbers[2]):
         raise ConfigError(f"{there[0]}={os.environ[there[0]]} is in the environment, without all that torchrun sets: "
                           f"start several processes with torchrun, or unset it")
     return int(numbers[0]), int(numbers[2]), True
@@ -66,7 +66,7 @@ def process_group(distributed, device, minutes):
         yield
         dist.barrier()  # nobody leaves while another may still be in a collective
     except BaseException as e:
-        traceback.clear_frames(e.__traceback__)  # DDP's model holds the group, whose threads must end before the process
+        traceback.clear_frames(e.__traceback__)  # a model in DDP holds the group, whose threads must end first
         if not isinstance(e, RuntimeError) or not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         raise ConnectionError(f"another process has ended, or stood still for {minutes:g} minutes (--dist_timeout): "
@@ -111,7 +111,7 @@ def has_bf16(device):
 
 def pick_device(s):
     """The Machine for a run of settings s. Raises ConfigError for a device that is not there."""
-    local_rank, (_, world, _) = int(os.environ.get("LOCAL_RANK", 0)), processes()
+    (_, world, _), local_rank = processes(), int(os.environ.get("LOCAL_RANK") or 0)
     mps = torch.backends.mps.is_available() and world == 1  # gloo does not know it
     name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):

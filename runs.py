@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tokenize
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import get_type_hints
 
@@ -57,14 +58,19 @@ def write_whole(path, text):
 
 
 def git_commit():
-    """The commit of this code, marked if it was changed since; 'unknown' outside a git checkout."""
-    here = Path(__file__).parent
+    """The commit of this code, marked if it was changed since; 'unknown' and why, where git does not tell."""
+    # a git hook's environment names the repository that it runs for
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*args):
+        return subprocess.run(("git", "--no-optional-locks", *args), cwd=Path(__file__).parent, env=env, text=True,
+                              capture_output=True, check=True, timeout=10).stdout.strip()
     try:
-        run = lambda *args: subprocess.run(("git", *args), cwd=here, capture_output=True, text=True, check=True).stdout
-        changed = run("status", "--porcelain", "--untracked-files=no", "*.py").strip()  # not results, not README
-        return run("rev-parse", "HEAD").strip() + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is another project's repository around this one
+        changed = git("status", "--porcelain", "--untracked-files=no", "*.py")  # not results, not README
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.SubprocessError) as e:
+        return f"unknown: {((getattr(e, 'stderr', None) or str(e)).splitlines() or ['no reason given'])[0]}"
 
 
 def versions():
@@ -80,21 +86,19 @@ def code_hash():
     for name in CODE:
         source = (Path(__file__).parent / name).read_text(encoding="utf-8")
         lines = source.splitlines()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
-                lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+        with suppress(SyntaxError, tokenize.TokenError):  # somebody is editing it
+            for token in tokenize.generate_tokens(io.StringIO(source).readline):
+                if token.type == tokenize.COMMENT:
+                    lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+                    lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
         digest.update("\n".join([name, *(line.rstrip() for line in lines if line.strip())]).encode())
     return digest.hexdigest()[:10]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # the folder
-
-
-RUN_FILES = {"config.json", "log.csv", "scales.csv", "experts.csv", "ckpt.pt", "train.lock", "ablate.lock"}
 
 
 def differing(saved, s, free=frozenset()):
@@ -117,40 +121,37 @@ def check_settings(saved, path):
     return check_all({name: value for name, value in saved.items() if name in hints}, hints, path)
 
 
-def claim_out_dir(s):
+def claim_out_dir(s, completed=False):
     """
-    Refuse to touch a folder that holds another run, or this one without being told what to do about it. Makes
-    s.resume True or False where it was 'auto'. Raises ConfigError.
+    Refuse to touch a folder that holds another run, or this one unless s says what to do about it. Sets s.resume to
+    True or False where it is 'auto'. Raises ConfigError.
+
+    completed: whether data and --init_from have filled in s by now, as they had in the settings of a run on disk.
     """
-    out = Path(s.out_dir)
+    out = Path(os.path.realpath(s.out_dir))
     ckpt, config = out / "ckpt.pt", out / "config.json"
-    try:
-        nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    except OSError as e:
-        raise ConfigError(f"out_dir cannot be used: {e.strerror}") from None
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"out_dir {out} cannot be made: {nearest} is no folder that you can write to")
     if s.resume and s.overwrite:
         raise ConfigError(f"--overwrite=True starts over and --resume={s.resume} goes on: say one of them")
-    if s.overwrite and fcntl is None:  # take_place renames a folder whose logs are open
-        raise ConfigError(f"--overwrite=True does not work on Windows: delete {out}, or name another --out_dir")
-    if s.resume == "auto":
-        s.resume = ckpt.exists()
+    try:
+        nearest = next(path for path in (out, *out.parents) if path.exists() or path.is_symlink())  # in a circle
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"out_dir {out} cannot be made: {nearest} is not a folder that you can write to")
+        s.resume = ckpt.exists() if s.resume == "auto" else s.resume
+    except OSError as e:
+        raise ConfigError(f"out_dir {out} cannot be used: {e.strerror}") from None
     if s.resume:
         if not ckpt.exists():
             raise ConfigError(f"nothing to resume: there is no {ckpt}. Start the run without --resume=True")
-        return
-    if config.exists():
+    elif config.exists():
         saved = check_settings(read_json(config).get("settings"), config)
         if s.overwrite:
             return
-        # before there is a checkpoint, with --kernels=torch, say, it is the same run
-        if changed := differing(saved, s, frozenset() if ckpt.exists() else FREE_ON_RESUME):
+        if ckpt.exists():
+            raise ConfigError(f"{out} holds a run already: go on with --resume=True, start over with "
+                              f"--overwrite=True, or name another --out_dir")
+        if completed and (changed := differing(saved, s, FREE_ON_RESUME)):
             raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir, or start "
                               f"over with --overwrite=True")
-        if ckpt.exists():
-            raise ConfigError(f"{out} holds this run already: go on with --resume=True, start over with "
-                              f"--overwrite=True, or name another --out_dir")
     elif foreign := [f for f in (ckpt, out / "log.csv", out / "scales.csv", out / "experts.csv") if f.exists()]:
         raise ConfigError(f"{foreign[0]} is there without a config.json; name another --out_dir")
 
@@ -180,61 +181,33 @@ def lock(folder, name="train.lock"):
 @contextmanager
 def run_folder(s, master=True):
     """
-    The folder to write a run to, locked: out_dir, or, where --overwrite=True is to replace a run there, a hidden one
-    beside it. Raises ConfigError where another process writes there.
+    out_dir, made and locked, to write a run to. With --overwrite=True a run that is there moves, with all of its
+    folder, to a new one: out_dir.1, say. Raises ConfigError where another process writes there.
     """
-    out = Path(s.out_dir).resolve()  # of a link, the folder that it leads to
-    if not master:  # the master alone writes
+    out, old = Path(os.path.realpath(s.out_dir)), None
+    if not master:  # only the master writes
         yield out
         return
-    if not out.exists():
-        finish_taking_place(out)
-    made = not out.exists()
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out):
-        claim_out_dir(s)  # again: until now another run may have been here
-        if not (s.overwrite and (out / "config.json").exists()):
-            try:
-                yield out
-            finally:
-                if made and os.listdir(out) == ["train.lock"]:  # nothing came of it
-                    shutil.rmtree(out, ignore_errors=True)
-            return
-        new, _ = beside(out)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        with lock(new):
-            try:
-                yield new
-            finally:
-                shutil.rmtree(new, ignore_errors=True)  # of a run that ended before it had a checkpoint
-
-
-def beside(out):
-    """The hidden folders where the run that is to replace the one in `out` begins, and where that one goes."""
-    return out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
-
-
-def take_place(out, s):
-    """Once a new run in `out` has a checkpoint, put it where the old one is. Returns the folder to go on in."""
-    place = Path(s.out_dir).resolve()
-    if out != place:
-        finish_taking_place(place)
-        os.rename(place, beside(place)[1])
-        finish_taking_place(place)
-    return place
-
-
-def finish_taking_place(place):
-    """The second half of take_place, which a kill may have left undone."""
-    new, old = beside(place)
-    if not place.exists() and old.exists():
-        os.rename(new, place)
-    if old.exists():
-        for file in old.iterdir():
-            if file.name not in RUN_FILES:  # what else people keep in the folder
-                os.rename(file, place / file.name)
-        shutil.rmtree(old)
+    with ExitStack() as locks:
+        locks.enter_context(lock(out))
+        claim_out_dir(s, completed=True)  # again: until now another run may have been here
+        if s.overwrite and (out / "config.json").exists():
+            old = next(path for n in count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
+            if fcntl is None:
+                locks.close()  # Windows renames no folder with an open file in it
+            out.rename(old)
+            out.mkdir(exist_ok=True)
+            locks.enter_context(lock(out))
+            print(f"{out} held a run, which is in {old} now")
+        try:
+            yield out
+        finally:
+            if (new or old) and os.listdir(out) == ["train.lock"]:  # nothing came of it
+                shutil.rmtree(out, ignore_errors=True)
+                if old:
+                    old.rename(out)
 
 
 class CSVLog:
@@ -293,7 +266,10 @@ def load_checkpoint(path):
     try:
         with open_file(path) as f, zipfile.ZipFile(f) as archive:
             damaged = archive.testzip()
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            f.seek(0)
+            # torch maps files by their names, and takes only UTF-8 for one
+            named = os.fsencode(path) == str(path).encode(errors="replace")
+            ckpt = torch.load(path if named else f, map_location="cpu", weights_only=True, mmap=named)
         # no file has more layers than tensors, whatever it says: to make them would take all memory
         kinds = [type(ckpt[name]) for name in ("step", "data", "optimizers", "tokenizer")]
         if (kinds[:3] != [int, dict, list] or kinds[3] not in (str, type(None))

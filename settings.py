@@ -123,7 +123,7 @@ class Settings(GPTConfig):
     seed: Seed = 1  # of the initial weights and the order of the data
     out_dir: str = ""  # of the run; empty is out/ and the names of the config files
     resume: Literal[False, True, "auto"] = False  # go on from out_dir's checkpoint; auto where there is one
-    overwrite: bool = False  # start over: the run in out_dir stays until the new one has its first checkpoint
+    overwrite: bool = False  # start over: a run in out_dir moves to out_dir.1, or the next number that is free
     device: str = "auto"  # cuda where there is one, else mps, else cpu
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
     kernels: Literal["auto", "torch"] = "auto"  # auto is Triton's on cuda; torch is their twins, also to edit those

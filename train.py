@@ -20,6 +20,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -50,7 +51,6 @@ from runs import (
     load_checkpoint,
     run_folder,
     save_checkpoint,
-    take_place,
     versions,
     write_whole,
 )
@@ -413,8 +413,8 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
         if note:
             print(note)
         if s.n_experts > 1 and s.experts_per_token == 1 and s.router != "softmax_all":
-            print(f"With one expert per token, router={s.router} always weighs it 1: only router_aux and router_z train "
-                  f"the router. With router=softmax_all the loss does, too.")
+            print(f"With one expert per token, router={s.router} always gives it the weight 1, so only router_aux and "
+                  f"router_z train the router. With router=softmax_all the loss trains it too.")
 
     val_loss, stopping, row, routed, seconds = None, False, {}, None, []
     with noted_signals() as signals, contextlib.closing(log) if master else contextlib.nullcontext():
@@ -433,7 +433,6 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
                     if master:
                         save_checkpoint(out / "ckpt.pt", raw_model, optimizers, step, s, train_data.tokenizer,
                                         fingerprint, {**scaler.state_dict(), "skipped": skipped})
-                        out = take_place(out, s)
             if last:
                 break
 
@@ -491,7 +490,7 @@ def report(s, model, val_data, val_loss, rate, device, world):
             show_sample(model, val_data.tokenizer, s, device)
         except (RuntimeError, ValueError) as e:  # DataError is one: a machine without the BPE files trains all the same
             print(f"no sample: {' '.join(str(e).splitlines())}")
-    print(f"pictures: python plot.py {s.out_dir}")
+    print(f"pictures: {shlex.join(['python', 'plot.py', s.out_dir])}")
 
 
 def show_sample(model, tokenizer, s, device):

@@ -288,15 +288,15 @@ def windows(monkeypatch):
         yield
 
 
-def test_windows_saves_resumes_and_says_what_it_cannot(settings, monkeypatch):
+def test_windows_saves_resumes_and_overwrites(settings, monkeypatch):
     with windows(monkeypatch):
         with pytest.raises(PermissionError):
             os.open(settings().dataset, os.O_RDONLY)
         main(settings(max_steps=4))
         main(settings(max_steps=12, resume=True))  # replaces the file that it resumed from, twice
-        with pytest.raises(ConfigError, match="Windows"):
-            main(settings(max_steps=12, overwrite=True))
-    assert load_checkpoint(Path(settings().out_dir) / "ckpt.pt")["step"] == 12
+        main(settings(max_steps=4, overwrite=True))
+    assert load_checkpoint(Path(settings().out_dir) / "ckpt.pt")["step"] == 4
+    assert load_checkpoint(Path(settings().out_dir + ".1") / "ckpt.pt")["step"] == 12
 
 
 def test_the_simulation_of_windows_refuses(monkeypatch, tmp_path):

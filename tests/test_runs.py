@@ -2,6 +2,11 @@
 
 import json
 import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -12,9 +17,11 @@ from conftest import snapshot
 import runs
 import train
 from configurator import ConfigError
+from hf import take_shape
 from optim import expected_state
 from runs import CSVLog, check_tensors, load_checkpoint, lock, run_folder, write_whole
-from train import Diverged, main
+from settings import Settings
+from train import main
 
 COLUMNS = ["step", "loss"]
 
@@ -45,7 +52,7 @@ def test_a_folder_is_looked_at_again_once_it_is_locked(settings, monkeypatch):
         main(settings())
         return real(*args)
     monkeypatch.setattr(train, "open_data", slow)
-    with pytest.raises(ConfigError, match="holds this run already"):
+    with pytest.raises(ConfigError, match="holds a run already"):
         main(s)
 
 
@@ -60,37 +67,32 @@ def test_a_file_system_without_locks_is_no_reason_not_to_train(settings, monkeyp
 
 # --overwrite=True
 
-def test_a_new_run_takes_the_place_of_an_old_one_with_its_first_checkpoint(settings, tmp_path, monkeypatch):
+def test_overwrite_moves_the_old_folder_and_starts_over(settings, tmp_path, capsys):
     main(settings())
     folder = Path(settings().out_dir)
     (folder / "notes.txt").write_text("mine")
     before = snapshot(folder)
-    s, real, seen = settings(overwrite=True, lr=0.01, save_interval=6), train.lr_at, []
-
-    def watched(step, *args):
-        seen.append(snapshot(folder) == before)
-        return real(step, *args)
-    monkeypatch.setattr(train, "lr_at", watched)
-    main(s)
-    assert seen == [True] * 6 + [False] * 2
+    for old in ("run.1", "run.2"):
+        main(settings(overwrite=True, lr=0.01))
+        assert f"{folder} held a run, which is in {tmp_path / old} now" in capsys.readouterr().out
+    assert {tmp_path / "run.1" / path.name: content for path, content in before.items()} == snapshot(tmp_path / "run.1")
     assert load_checkpoint(folder / "ckpt.pt")["settings"]["lr"] == 0.01
-    assert (folder / "notes.txt").read_text() == "mine" and len((folder / "log.csv").read_text().splitlines()) == 10
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]  # nothing hidden is left
     main(settings(resume=True, lr=0.01, max_steps=10))
 
 
-def test_an_old_run_outlives_a_new_one_that_fails(settings, tmp_path, monkeypatch):
+def test_an_old_run_stays_where_nothing_comes_of_the_new_one(settings, tmp_path, monkeypatch):
     main(settings())
     before = snapshot(tmp_path)
-    real = train.lr_at
-    monkeypatch.setattr(train, "lr_at", lambda i, *a: float("nan") if i == 2 else real(i, *a))
-    with pytest.raises(Diverged, match=f"; {settings().out_dir} keeps"):
-        main(settings(overwrite=True, lr=0.01))
+
+    def fail(*args):
+        raise ConfigError("weights of another model")
+    monkeypatch.setattr(train, "make_model", fail)
+    with pytest.raises(ConfigError, match="another model"):
+        main(settings(overwrite=True))
     assert snapshot(tmp_path) == before
 
 
 def test_a_link_is_followed(settings, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
     main(settings())
     main(settings(overwrite=True, lr=0.01))
@@ -98,29 +100,128 @@ def test_a_link_is_followed(settings, tmp_path):
     assert load_checkpoint(tmp_path / "elsewhere" / "ckpt.pt")["settings"]["lr"] == 0.01
 
 
-@pytest.mark.parametrize("calls", range(4))
-def test_a_kill_while_a_run_takes_its_place_loses_nothing(settings, tmp_path, monkeypatch, calls):
-    main(settings())
-    folder = Path(settings().out_dir)
-    for name in "ab":
-        (folder / name).write_text(name)
-    real, done = os.rename, []
+# folders that cannot be
 
-    def until(*args):
-        if len(done) == calls:
-            raise KeyboardInterrupt  # as if there had been no time for anything more
-        done.append(real(*args))
+@pytest.fixture
+def nobody(tmp_path_factory):
+    """A folder, and a process that is not root while the test runs."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    root = os.geteuid() == 0
+    if root:
+        os.setresuid(65534, 65534, 0)
+    yield folder
+    if root:
+        os.setresuid(0, 0, 0)
+    shutil.rmtree(folder)
+
+
+def test_links_in_a_circle_are_no_folder(settings, tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "run")
+    for name in ("run", "run/below"):
+        with pytest.raises(ConfigError, match="out_dir .* cannot be"):
+            runs.claim_out_dir(settings(out_dir=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o200, 0o500])
+@pytest.mark.parametrize("name", ["closed", "closed/run", "closed/a/run"])
+def test_a_folder_that_is_closed_to_us_is_named(settings, nobody, name, mode):
+    (nobody / "closed").mkdir(mode=mode)
+    with pytest.raises(ConfigError, match=f"out_dir {nobody}/{name} cannot be (made: {nobody}/closed|used: Permission)"):
+        runs.claim_out_dir(settings(out_dir=str(nobody / name), resume="auto"))
+    (nobody / "closed").chmod(0o700)
+
+
+def test_a_path_that_is_not_utf8_holds_a_run_like_others(settings, tmp_path, capsys):
+    sys.stdout.reconfigure(errors="replace")  # as configurator.streams() does
+    out_dir = os.fsdecode(os.fsencode(tmp_path) + b"/\xff run")
+    main(settings(out_dir=out_dir))
+    main(settings(out_dir=out_dir, resume=True, max_steps=10))
+    assert load_checkpoint(Path(out_dir) / "ckpt.pt")["step"] == 10
+    assert f"python plot.py '{tmp_path}/? run'\n" in capsys.readouterr().out  # a command for a shell
+
+
+# the same command again
+
+@pytest.mark.parametrize("kw", [dict(vocab_size=0), dict(vocab_size=0, init_from="START"), dict(init_from="START")], ids=str)
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(settings, tmp_path, monkeypatch, kw):
+    """Its config.json holds settings that were completed, and the command line holds them as they were typed."""
+    if "init_from" in kw:  # whose shape is no default
+        monkeypatch.setattr(train, "adopt", lambda s: take_shape(s, {"n_embd": 32, "vocab_size": 256}, "there") or (None, ""))
+        monkeypatch.setattr(train, "read_tensors", lambda folder: {})
+        kw = {**kw, "n_embd": Settings().n_embd}
+
+    def killed(*args):
+        raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(os, "rename", until)
-        m.setattr(runs.shutil, "rmtree", lambda *args, **kw: None)
+        m.setattr(train, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
-            main(settings(overwrite=True, lr=0.01))
-    with pytest.raises(ConfigError, match="holds a run with other settings" if calls < 1 else "holds this run already"):
-        main(settings(lr=0.002 if calls < 0 else 0.01))
-    assert load_checkpoint(folder / "ckpt.pt")["settings"]["lr"] == (0.01 if calls else 0.002)
-    main(settings(overwrite=True, lr=0.02))
-    assert [(folder / name).read_text() for name in "ab"] == ["a", "b"]
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+            main(settings(resume="auto", **kw))
+    assert Path(settings().out_dir, "config.json").exists()
+    with pytest.raises(ConfigError, match="run with other settings: lr 0.002 .here 0.01."):
+        main(settings(resume="auto", lr=0.01, **kw))
+    for max_steps in (8, 10):
+        main(settings(resume="auto", **kw, max_steps=max_steps))
+    assert load_checkpoint(Path(settings().out_dir) / "ckpt.pt")["step"] == 10
+
+
+# the commit
+
+def git(folder, *args):
+    subprocess.run(("git", "-c", "user.name=x", "-c", "user.email=x", *args), cwd=folder, check=True, capture_output=True,
+                   env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")})
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository that runs.py believes to be in, with one commit."""
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "runs.py").write_text("")
+    git(tmp_path / "checkout", "init")
+    git(tmp_path / "checkout", "add", "runs.py")
+    git(tmp_path / "checkout", "commit", "-m", "first")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "checkout" / "runs.py"))
+    return tmp_path / "checkout"
+
+
+def test_the_commit_is_that_of_this_code(checkout, tmp_path, monkeypatch):
+    commit = runs.git_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "other").mkdir()
+    git(tmp_path / "other", "init")
+    git(tmp_path / "other", "commit", "--allow-empty", "-m", "another")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))  # as in a hook of that repository
+    assert runs.git_commit() == commit
+    (checkout / "runs.py").write_text("changed = True")
+    assert runs.git_commit() == commit + " with changes"
+
+
+def test_a_commit_that_is_unknown_says_why(checkout, tmp_path, monkeypatch):
+    inner = checkout / "inner"  # the code, unpacked into another project's checkout
+    inner.mkdir()
+    (inner / "runs.py").write_text("")
+    monkeypatch.setattr(runs, "__file__", str(inner / "runs.py"))
+    assert re.match("unknown: .*did not match any file", runs.git_commit())
+    (tmp_path / "git").write_text("#!/bin/sh\necho 'fatal: dubious ownership' >&2\nexit 128\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runs.git_commit() == "unknown: fatal: dubious ownership"
+    monkeypatch.setattr(runs.subprocess, "run", lambda args, timeout, **kw: (_ for _ in ()).throw(
+        subprocess.TimeoutExpired(args, timeout)))
+    assert re.match("unknown: .*timed out after 10 seconds", runs.git_commit())
+
+
+def test_an_edit_that_does_not_parse_yet_has_a_hash(tmp_path, monkeypatch):
+    for name in runs.CODE:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    hashes = [runs.code_hash()]
+    for text in ("x = (\n", "def f():\nx = 1\n", 'x = """\n'):
+        (tmp_path / "train.py").write_text(text)
+        hashes.append(runs.code_hash())
+    assert len(set(hashes)) == 4
 
 
 # logs
