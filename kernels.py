@@ -68,8 +68,14 @@ def backend(name):
         _backend = before
 
 
-def _use_triton(x):
-    """Whether x goes to a kernel: on a GPU, in fp32, bf16 or fp16. fp64 is for checks, and always goes to the twin."""
+def _use_triton(x, left_to_compile=False):
+    """
+    Whether x goes to a kernel: on a GPU, in fp32, bf16 or fp16. fp64 is for checks, and always goes to the twin.
+
+    left_to_compile: torch.compile's kernel is at least as fast (results/bench), so under it this is for the twin.
+    """
+    if left_to_compile and _backend == "auto" and torch.compiler.is_compiling():
+        return False
     if _backend == "torch" or triton is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if _backend == "triton" and not x.is_cuda and not INTERPRETED:
@@ -328,7 +334,7 @@ def rms_norm(x, eps, gamma=None, residual=None, group=None):
         y = rms_norm(x, eps, gamma, residual)
         return y.flatten(-2) if residual is None else tuple(t.flatten(-2) for t in y)
     n, alike = x.size(-1), residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    if _use_triton(x) and alike and 0 < n <= WIDEST and _is_vector(gamma, n):
+    if _use_triton(x, left_to_compile=True) and alike and 0 < n <= WIDEST and _is_vector(gamma, n):
         y, total = _rms_norm(x, residual, gamma, eps)
     else:
         total = x if residual is None else x + residual
@@ -551,7 +557,7 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed=(), gammas=(Non
     Returns q (B, T, n_head, d_head), k and v (B, T, n_kv_head, d_head).
     """
     d, normed = 2 * cos.size(-1), "".join(normed)
-    if _use_triton(y) and normed in ("", "qk", "qkv") and (not normed or group == d):
+    if _use_triton(y, left_to_compile=not normed) and normed in ("", "qk", "qkv") and (not normed or group == d):
         # γ as one number for each channel of each head that has one. Where heads share it, autograd adds them up.
         gamma = None
         if normed and any(g is not None for g in gammas):

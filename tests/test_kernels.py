@@ -5,6 +5,7 @@ sets it). There bf16 is wrong, so the low precision that is tested is fp16.
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,3 +334,13 @@ def test_a_model_with_kernels_is_the_model_without(name, flags, launched):
     assert flags or {"_swiglu_kernel", "_swiglu_backward_kernel"} <= {*launched}  # experts have a γ for each row
     for ours, theirs in zip(results["triton"], results["torch"]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_torch_compile_gets_the_norm_and_the_plain_rope_unless_triton_is_asked_for(monkeypatch):
+    x = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert kernels._use_triton(x) and not kernels._use_triton(x, left_to_compile=True)
+    with kernels.backend("triton"):
+        assert kernels._use_triton(x, left_to_compile=True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    assert kernels._use_triton(x, left_to_compile=True)
