@@ -6,22 +6,22 @@ The work between the GEMMs: in plain PyTorch, for a CPU and for torch.compile, a
     qk_norm_rope   what stands between the q, k, v GEMM and attention
     swiglu         what stands between the gate, up GEMM and down
 
-Each function stands alone and picks one of its two ways itself; nothing here knows about models. scaled_cast has one
-way: of two kernels torch.compile's was the faster (results/bench/kernels_llama_0.12b.md).
+Each function works by itself and picks one of its two ways; nothing here knows about models. scaled_cast has only the
+plain way, because torch.compile's kernel for it was the fastest (results/bench/kernels_llama_0.12b.md).
 
-All of these move bytes and hardly compute, so a kernel is as good as the share of the memory's bandwidth that it
-reaches with every input read once and every output written once. Four rules hold for each:
-- Loads are turned to fp32 at once, results are rounded once, when they are stored.
-- A row is an int64: an activation of a large batch has more than 2³¹ elements.
-- No atomics. What is summed over rows, such as dγ, is summed by each program over rows of its own, always the same
-  ones, and these partial sums then in a fixed order. So a run repeats bit for bit.
-- Widths and strides are constants of the compiled kernel: knowing them, Triton sees which rows begin at multiples of
-  16 bytes and reads 16 bytes at a time. A model has few.
+All of these move bytes and compute little, so a kernel is judged by the share of the memory bandwidth that it reaches
+while reading every input once and writing every output once. Four rules hold for each:
+- Loads are converted to fp32 at once; results are rounded once, when they are stored.
+- Row numbers are int64: an activation of a large batch has more than 2³¹ elements.
+- No atomics. For sums over rows, such as dγ, each program sums a fixed set of rows, and the partial sums are added in
+  a fixed order. So a run repeats bit for bit.
+- Widths and strides are compile-time constants: Triton then knows which rows begin at multiples of 16 bytes and reads
+  16 bytes at a time. A model has only a few of them.
 
 The operations are opaque to torch.compile (torch.library.custom_op). triton_op would let inductor see the kernels, but
-it passes Python floats, ε, as fp64, and a whole kernel may then compute in fp64.
+it passes Python floats such as ε as fp64, and a whole kernel may then compute in fp64.
 
-Knows none of the other files.
+Imports none of the other files.
 """
 
 import os
@@ -40,11 +40,11 @@ try:
     import triton
     import triton.language as tl
     jit = triton.jit
-except ImportError:  # as on a Mac: the kernels are not compiled and the twins do all the work
+except ImportError:  # as on a Mac: the plain twins do all the work
     triton, tl = None, SimpleNamespace(constexpr=None)
     jit = lambda kernel: kernel
 
-# Triton can run its kernels in Python, which is how a machine without a GPU tests them. It reads this as @jit runs.
+# Triton can interpret its kernels in Python; this is how they are tested without a GPU. @jit reads the variable.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 ROCM = torch.version.hip is not None  # AMD's GPUs, which torch calls cuda too
 _backend = "auto"
@@ -53,8 +53,8 @@ _backend = "auto"
 @contextmanager
 def backend(name):
     """
-    Which way all functions here go inside `with backend(name)`: auto is Triton on a GPU, torch the twins everywhere.
-    triton, for tests and bench.py, never goes to a twin for want of a GPU. A backward pass goes as its forward did.
+    Choose the way of all functions here inside `with backend(name)`: 'auto' is Triton on a GPU, 'torch' the plain twins
+    everywhere, and 'triton', for tests and bench.py, Triton even without a GPU. A backward pass follows its forward.
     """
     global _backend
     if name not in ("auto", "torch", "triton"):
@@ -70,9 +70,9 @@ def backend(name):
 
 def _use_triton(x, left_to_compile=False):
     """
-    Whether x goes to a kernel: on a GPU, in fp32, bf16 or fp16. fp64 is for checks, and always goes to the twin.
+    Whether x goes to a Triton kernel: on a GPU, in fp32, bf16 or fp16. fp64 is for checks and always takes the twin.
 
-    left_to_compile: torch.compile's kernel is at least as fast (results/bench), so under it this is for the twin.
+    left_to_compile: what torch.compile makes of the twin is at least as fast (results/bench), so it gets the twin.
     """
     if left_to_compile and _backend == "auto" and torch.compiler.is_compiling():
         return False
@@ -84,11 +84,11 @@ def _use_triton(x, left_to_compile=False):
 
 
 class KernelError(RuntimeError):
-    """A kernel that does not compile or launch here: one line that says which, why, and how to go on without."""
+    """A kernel does not compile or launch on this machine. One line: which kernel, why, and how to run without it."""
 
 
 def _launch(kernel, grid, *args, **constants):
-    """Run a kernel on the GPU that its first argument is on. An empty grid, which CUDA refuses, does nothing."""
+    """Run a kernel on the GPU of its first argument. An empty grid, which CUDA refuses, does nothing."""
     if not all(grid):
         return
     try:
@@ -102,24 +102,24 @@ def _launch(kernel, grid, *args, **constants):
 
 def _rows(x):
     """
-    x as (rows, n), n contiguous. The rows may lie apart, as those of a slice of a wider buffer do: kernels take the
-    distance, x.stride(0). Only what cannot be seen so is copied.
+    x as (rows, n), n contiguous. Rows may be apart in memory, as in a slice of a wider buffer: kernels take the stride.
+    It is copied only if no such view exists.
     """
     x = x.reshape(-1, x.size(-1))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-WIDEST = 16384  # channels that a program holds of one row; a wider one goes to the twin
+WIDEST = 16384  # channels of a row that one program can hold; a wider row takes the twin
 
 
 def _tile(n, per_thread):
     """
-    The tile of a program that takes whole rows: (rows, columns, warps) with `per_thread` numbers for each thread.
+    The tile of a program that takes whole rows: (rows, columns, warps), with `per_thread` numbers per thread.
 
-    Columns are a power of two, which Triton asks for. Narrow rows come several at a time, so that each of 128 threads
-    has two or more 16-byte loads to wait for at once; for wide ones there are more threads. Per thread it's 32 numbers
-    where registers allow it, and 16 where a kernel holds several inputs and sums for each. A program has at most 1024
-    threads: 32 warps, but 16 on AMD, where a warp may have 64.
+    Columns are a power of two, as Triton requires. Narrow rows are taken several at a time, so that each of 128 threads
+    has two or more 16-byte loads in flight; wide rows get more threads. It is 32 numbers per thread where registers
+    allow it, and 16 where a kernel holds several inputs and sums. A program has at most 1024 threads: 32 warps, or 16
+    on AMD, where a warp may have 64 threads.
     """
     columns = max(16, triton.next_power_of_2(n))
     warps = min(max(4, columns // (32 * per_thread)), 16 if ROCM else 32)
@@ -128,22 +128,22 @@ def _tile(n, per_thread):
 
 def _programs(tiles, warps, device):
     """
-    How many programs share the tiles where each sums over its rows: as many as run at once, 16 warps a processor.
+    How many programs share the tiles if each sums over its rows: as many as run at once, at 16 warps per processor.
 
-    Each leaves a row of partial sums, so more of them would write more. The number depends on shape and GPU alone, and
-    with it the order of the sums.
+    Each leaves a row of partial sums, so more programs would write more. The number, and with it the order of the sums,
+    depends only on the shape and the GPU.
     """
     return min(tiles, _processors(device) * max(1, 16 // warps))
 
 
 def _is_vector(gamma, n):
-    """Whether kernels take this γ: none, or one fp32 number for each channel."""
+    """Whether kernels take this γ: None, or one fp32 number per channel."""
     return gamma is None or (gamma.shape == (n,) and gamma.dtype == torch.float32)
 
 
 @cache
 def _processors(device):
-    """The GPU's number of streaming multiprocessors; in the interpreter 2, so that each program has much to do."""
+    """The GPU's number of streaming multiprocessors; 2 in the interpreter, so that each program has several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -153,8 +153,8 @@ def _statistics_dtype(x):
 
 
 class _RMSNorm(torch.autograd.Function):
-    # Written out because autograd's own backward of these operations makes a pass over the rows for each, and keeps
-    # three copies of them; this one keeps x. On 2 CPU cores that is most of the norm's cost.
+    # Written out because autograd's own backward makes one pass over the rows per operation and keeps three copies of
+    # them; this one keeps only x. On 2 CPU cores that is most of the norm's cost.
 
     @staticmethod
     def forward(ctx, x, gamma, eps):
@@ -190,8 +190,8 @@ def _norm(x, eps, N: tl.constexpr):
 @jit
 def _norm_backward(dy, y, r, N: tl.constexpr):
     """
-    The gradient of x, where y = N(x) = r x: r (dy − y · mean(y ⊙ dy)). The second term takes out of dy what it has
-    along y, since N(x) doesn't change with x's length.
+    The gradient of x, where y = N(x) = r x: r (dy − y · mean(y ⊙ dy)). The second term removes the component of dy
+    along y, since N(x) does not change with x's length.
     """
     return r * (dy - y * (tl.sum(y * dy, axis=1) / N)[:, None])
 
@@ -202,10 +202,10 @@ def _rms_norm_kernel(x, residual, gamma, y, total, rows, eps, X_STRIDE: tl.const
     """
     y = γ ⊙ N(x), or total = x + residual and y = γ ⊙ N(total). γ and residual may be None.
 
-    Bytes for a bf16 number: 2 read and 2 written; with the residual 4 and 4. Added separately, the sum would be read
-    once more.
-    A program holds whole rows, so that x is read once: the mean needs all of a row before any of y is known. Nothing
-    is kept for the backward pass but x: r is a number a row, and cheaper to compute again than to store.
+    Bytes per bf16 number: 2 read and 2 written; with the residual 4 and 4. A separate addition would read the sum once
+    more.
+    A program holds whole rows, so that x is read once: the mean needs all of a row before any of y is known. Only x is
+    kept for the backward pass: r is one number per row, and cheaper to compute again than to store.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -215,7 +215,7 @@ def _rms_norm_kernel(x, residual, gamma, y, total, rows, eps, X_STRIDE: tl.const
         x_ += tl.load(residual + row * RESIDUAL_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
         rounded = x_.to(total.dtype.element_ty)
         tl.store(total + row * N + column, rounded, mask=inside)
-        x_ = rounded.to(tl.float32)  # the norm of what all others will see, the backward pass among them
+        x_ = rounded.to(tl.float32)  # the norm of the rounded sum, which the backward pass sees too
     y_, _ = _norm(x_, eps, N)
     if gamma is not None:
         y_ *= tl.load(gamma + column, mask=column < N, other=0.0)
@@ -227,13 +227,13 @@ def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps
                               X_STRIDE: tl.constexpr, DTOTAL_STRIDE: tl.constexpr, N: tl.constexpr,
                               ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
-    dx of y = γ ⊙ N(x), plus dtotal, the gradient that x, the residual stream, gets from elsewhere; and for each
-    program a row of dγ, the sum over its rows of dy ⊙ N(x). gamma and dtotal may be None.
+    dx of y = γ ⊙ N(x), plus dtotal, the gradient that x, the residual stream, gets from elsewhere; and per program one
+    row of dγ, the sum over its rows of dy ⊙ N(x). gamma and dtotal may be None.
 
-    Bytes for a bf16 number: 4 read and 2 written; with dtotal 6 and 2. Autograd alone would write dx and then read it
+    Bytes per bf16 number: 4 read and 2 written; with dtotal 6 and 2. Autograd by itself would write dx and then read it
     again to add dtotal.
-    With γ, programs are few and long: of P programs, each takes every P-th tile and sums dγ in registers over all of
-    its rows, so that it leaves one row and not a row for each tile. Without γ each tile has a program.
+    With γ, programs are few and long: each of P programs takes every P-th tile and sums dγ in registers over all of its
+    rows, so that it leaves one row, not one per tile. Without γ there is one program per tile.
     """
     column = tl.arange(0, COLUMNS)[None, :]
     if gamma is not None:
@@ -303,7 +303,7 @@ def _rms_norm_context(ctx, inputs, output):
     x, residual, gamma, ctx.eps = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(output[1] if ctx.has_residual else x, gamma)
-    ctx.set_materialize_grads(False)  # so that no one reads zeros for a sum that goes nowhere else
+    ctx.set_materialize_grads(False)  # else zeros would be read for a sum that is used nowhere else
 
 
 def _rms_norm_gradients(ctx, dy, dtotal):
@@ -321,11 +321,11 @@ def rms_norm(x, eps, gamma=None, residual=None, group=None):
     """
     γ ⊙ x / sqrt(mean(x²) + ε) over the last axis (RMSNorm, arXiv 1910.07467); without gamma, N(x).
 
-    x: (..., n) of any float dtype. eps: passed always, since F.rms_norm's default depends on the dtype.
+    x: (..., n) of any float dtype. eps: required, since F.rms_norm's default depends on the dtype.
     gamma: None or (n,), or what broadcasts against x, in fp32. The result has x's dtype and is rounded once.
-    residual: None, or of x's shape. The norm is then of x + residual, and (norm, sum) is returned.
-    group: the mean is taken over each `group` of channels, such as a head's, not over all n. gamma may then be
-        (group,) too, which all groups share.
+    residual: None, or of x's shape. The norm is then that of x + residual, and (norm, sum) is returned.
+    group: the mean is over each `group` of channels, such as a head, instead of all n. gamma may then also be (group,),
+        shared by the groups.
     """
     if group not in (None, x.size(-1)):  # each group is a row
         x, residual = (None if t is None else t.unflatten(-1, (-1, group)) for t in (x, residual))
@@ -344,15 +344,14 @@ def rms_norm(x, eps, gamma=None, residual=None, group=None):
 
 def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
     """
-    dtype(u ⊙ W ⊙ v) of each branch, one below the other: the matrix that a GEMM reads, scale vectors included.
+    dtype(u ⊙ W ⊙ v) of each branch, stacked by rows: the matrix that a GEMM reads, scale vectors included.
 
     weights: a list of (..., N_c, K) in fp32. us: for each, None or (..., N_c), which scales rows (outputs). vs: None
-    or (..., K), which scales columns (inputs). Scaled in fp32 and rounded once: mixed precision casts every weight for
-    every step anyway, and the vectors ride along in that pass.
+    or (..., K), which scales columns (inputs). Scaled in fp32 and rounded once: mixed precision casts every weight at
+    every step anyway, and the vectors are multiplied in during that cast.
     align: every branch begins at a row that is a multiple of it, with rows of zeros before. align_columns: K is padded
-        to a multiple with zeros. GEMMs want rows that begin at multiples of 16 bytes, and the pass is the place to
-        give them that for nothing.
-    Returns (..., sum of padded N_c, padded K); the weight itself where there is nothing to do.
+        with zeros to a multiple of it. GEMMs are faster on rows that begin at multiples of 16 bytes.
+    Returns (..., sum of padded N_c, padded K); the weight itself if there is nothing to do.
     """
     parts = []
     for weight, u, v in zip(weights, us, vs):
@@ -375,7 +374,7 @@ def apply_rope(x, cos, sin):
 
 @jit
 def _load_heads(x, token, head, n: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """The two halves of some of the n heads of a token, in fp32, and zeros for a head that is none of the n."""
+    """The two halves of some of a token's n heads, in fp32, and zeros for a head number outside 0 … n − 1."""
     channel = tl.arange(0, HALF)[None, :]
     inside = (head >= 0) & (head < n) & (channel < D // 2)
     at = x + token * (n * D) + head * D + channel
@@ -409,12 +408,12 @@ def _qk_norm_rope_kernel(y, cos, sin, gamma, q, k, v, T, y_batch, eps, Y_ROW: tl
     q, k and v from a token's row of heads: N(head) for the first NORMED of them, γ and RoPE for those of q and k.
     gamma, (N_Q + N_KV, D), may be None.
 
-    Bytes for a bf16 number: 2 read and 2 written. Norm, γ and RoPE one after the other would move 12. v is copied even
-    where it has neither, so that y can be freed: a view would keep all three parts of it until the backward pass.
-    RoPE turns channel i together with channel i + D/2, so a head is read as two halves, and then no channel has to
-    find its partner in another thread's registers. A program takes HEADS heads of one token, which share cos and sin:
-    one head of many tokens would read 8 bytes of them for each 4 of its own. Heads of q, k and v differ in where they
-    go, and otherwise by a mask.
+    Bytes per bf16 number: 2 read and 2 written. Norm, γ and RoPE one after the other would move 12. v is copied even if
+    it has neither, so that y can be freed: a view would keep all three parts of y until the backward pass.
+    RoPE turns channel i together with channel i + D/2, so a head is read as two halves, and no channel has its partner
+    in another thread's registers. A program takes HEADS heads of one token, which share cos and sin: one head of many
+    tokens would read 8 bytes of them per 4 of its own. Heads of q, k and v differ in where they are stored, and
+    otherwise by a mask.
     """
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     batch, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
@@ -441,13 +440,13 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
                                   Y_ROW: tl.constexpr, N_Q: tl.constexpr, N_KV: tl.constexpr, NORMED: tl.constexpr,
                                   D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     """
-    dy from dq, dk and dv, and for each program along grid axis 0 a row of dγ, (N_Q + N_KV, D), the sum over its tokens.
+    dy from dq, dk and dv, and per program along grid axis 0 one row of dγ, (N_Q + N_KV, D), the sum over its tokens.
 
-    Bytes for a bf16 number: 4 read and 2 written, or 2 and 2 where there is no norm, and so no need of y. dq, dk and
-    dv are read where they are: views of one buffer would have autograd join their gradients, a pass more.
+    Bytes per bf16 number: 4 read and 2 written, or 2 and 2 without a norm, which does not need y. dq, dk and dv are
+    read where they are: for views of one buffer autograd would join their gradients in another pass.
     RoPE's transpose turns back by the same angle. Then dn = γ ⊙ dz, and dy = r (dn − n · mean(n ⊙ dn)) for n = r y.
-    With γ, programs are few and long: of P programs, each takes every P-th token, and keeps its heads' γ and dγ in
-    registers over all of them. Without γ each token has its own.
+    With γ, programs are few and long: each of P programs takes every P-th token and keeps its heads' γ and dγ in
+    registers over all of them. Without γ there is one program per token.
     """
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     turned, normed = head < N_Q + N_KV, head < NORMED
@@ -481,7 +480,7 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
 
 
 def _head_tile(cos, n_head, n_kv_head):
-    """Constants of both kernels, and how many programs share a token: 512 pairs of channels each, for 64 threads."""
+    """The constants of both kernels, and how many programs share a token: 512 pairs of channels each, on 64 threads."""
     heads, half = n_head + 2 * n_kv_head, triton.next_power_of_2(cos.size(-1))
     tile = min(max(1, 512 // half), triton.next_power_of_2(heads))
     constants = dict(N_Q=n_head, N_KV=n_kv_head, D=2 * cos.size(-1), HEADS=tile, HALF=half, num_warps=2)
@@ -534,7 +533,7 @@ def _(dq, dk, dv, y, cos, sin, gamma, normed, eps):
 
 def _qk_norm_rope_context(ctx, inputs, output):
     y, cos, sin, gamma, _, _, ctx.normed, ctx.eps = inputs
-    ctx.save_for_backward(y if ctx.normed else None, cos, sin, gamma)  # a rotation alone need not keep what it turned
+    ctx.save_for_backward(y if ctx.normed else None, cos, sin, gamma)  # without a norm, the rotation does not need y
 
 
 def _qk_norm_rope_gradients(ctx, dq, dk, dv):
@@ -550,15 +549,15 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed=(), gammas=(Non
     """
     q, k and v for attention, from a GEMM's rows that hold all three: a norm with its γ, then RoPE on q and k.
 
-    y: (B, T, (n_head + 2 n_kv_head) d_head), q beside k beside v. cos, sin: (T, d_head/2).
-    normed: which of 'q', 'k', 'v' get a norm. gammas: of q's and k's, each None, (d_head,) or one number for every
-    channel, in fp32; what scales v after its norm can go into the matrix after attention. group: channels that a norm's
-    mean is over; None is the whole width of q, k or v.
+    y: (B, T, (n_head + 2 n_kv_head) d_head), in the order q, k, v. cos, sin: (T, d_head/2).
+    normed: which of 'q', 'k', 'v' get a norm. gammas: of q and k, each None, (d_head,) or one number per channel, in
+    fp32; what scales v after its norm can go into the matrix after attention. group: the channels that a norm's mean is
+    over; None is the whole width of q, k or v.
     Returns q (B, T, n_head, d_head), k and v (B, T, n_kv_head, d_head).
     """
     d, normed = 2 * cos.size(-1), "".join(normed)
     if _use_triton(y, left_to_compile=not normed) and normed in ("", "qk", "qkv") and (not normed or group == d):
-        # γ as one number for each channel of each head that has one. Where heads share it, autograd adds them up.
+        # γ as one number per channel of each head. If heads share it, autograd sums its gradient over them.
         gamma = None
         if normed and any(g is not None for g in gammas):
             gamma = torch.cat([torch.ones((n, d), device=y.device) if g is None else g.reshape(-1, d).expand(n, d)
@@ -580,11 +579,11 @@ def _swiglu_kernel(y, gamma, h, rows, eps, Y_STRIDE: tl.constexpr, N: tl.constex
     """
     h = silu(a) ⊙ b, where (a, b) = (gate, up), or (γ ⊙ N(gate), N(up)) where NORMED. γ may be None.
 
-    Bytes for a bf16 number of h: 4 read and 2 written; the norms add none to them. One after the other, two norms,
-    SiLU and product would move 18.
-    A program holds whole rows of both halves where it has to know their means, otherwise a piece of the columns.
-    Everything is read and written up to M, γ too, and cut at N in registers. M is a multiple of 8, so all accesses are
-    16 bytes wide; a mask that ends at 4778 numbers would make them 4, and one that ends at 3413 only 2.
+    Bytes per bf16 number of h: 4 read and 2 written, with or without the norms. One after the other, two norms, SiLU
+    and product would move 18.
+    A program holds whole rows of both halves if it needs their means, otherwise a piece of the columns. Everything is
+    read and written up to M, γ too, and masked at N in registers. M is a multiple of 8, so all accesses are 16 bytes
+    wide; a mask that ends at 4778 numbers would make them 4 bytes wide, and one that ends at 3413 only 2.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -605,14 +604,14 @@ def _swiglu_backward_kernel(dh, y, gamma, dy, dgamma, rows, steps, eps, DH_STRID
                             Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, NORMED: tl.constexpr,
                             ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
-    dy, the gradients of gate and up in y's layout, and for each program a row of dγ, from dh and y.
+    dy, the gradients of gate and up in y's layout, and per program one row of dγ, from dh and y.
 
-    Bytes for a bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: to keep N(gate)
-    and N(up) would cost the forward pass 4 more, and memory.
-    With γ, programs are few and long as in _rms_norm_backward_kernel. With three inputs and a sum for each column,
-    registers are scarce. So γ is loaded again for each row, from the L1 cache, where it stays; and the launch asks for
-    at most 128 registers a thread, of which a processor's 65,536 are enough for the 16 warps that _programs counts on.
-    Left alone, the compiler takes more, and a part of the programs would wait until the others end.
+    Bytes per bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: keeping N(gate) and
+    N(up) would cost the forward pass 4 more bytes, and memory.
+    With γ, programs are few and long as in _rms_norm_backward_kernel. With three inputs and one sum per column,
+    registers are scarce. So γ is loaded again for each row, from the L1 cache; and the launch limits a thread to 128
+    registers, so that a processor's 65,536 suffice for the 16 warps that _programs counts on. Without the limit the
+    compiler takes more, and some programs would wait until others end.
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if gamma is not None:
@@ -647,12 +646,12 @@ def _swiglu_backward_kernel(dh, y, gamma, dy, dgamma, rows, steps, eps, DH_STRID
 
 
 def _padded(gamma, m):
-    """γ with zeros up to m, contiguous; None stays."""
+    """γ padded with zeros to m channels, contiguous; None stays None."""
     return gamma if gamma is None else F.pad(gamma, (0, m - gamma.size(0))).contiguous()
 
 
 def _swiglu_tile(m, normed):
-    """(rows, columns, warps, tiles side by side): all m columns in one where the means need them, else 1024."""
+    """(rows, columns, warps, tiles per row): all m columns in one tile if the means need them, else 1024."""
     tile, columns, warps = _tile(m if normed else min(m, 1024), 16)
     return tile, columns, warps, triton.cdiv(m, columns)
 
@@ -683,7 +682,7 @@ def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool,
     tiles = triton.cdiv(y.size(0), tile)
     programs = tiles if gamma is None else _programs(tiles, warps, y.device)
     dgamma = None if gamma is None else gamma.new_empty(programs, m)
-    limit = {"maxnreg": 128} if warps <= 16 and not ROCM else {}  # Triton refuses the word where it does not know it
+    limit = {"maxnreg": 128} if warps <= 16 and not ROCM else {}  # Triton refuses an option it does not know
     _launch(_swiglu_backward_kernel, (programs, across), dh, y, _padded(gamma, m), dy, dgamma, y.size(0),
             triton.cdiv(tiles, max(1, programs)), eps, DH_STRIDE=dh.stride(0), Y_STRIDE=y.stride(0), N=n, M=m,
             NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps, **limit)
@@ -709,17 +708,17 @@ def _swiglu_gradients(ctx, dh):
 _swiglu.register_autograd(_swiglu_gradients, setup_context=_swiglu_context)
 
 
-activation = F.silu  # of gate; with another one here, such as F.gelu, the formulas at the end of swiglu do all the work
+activation = F.silu  # of gate; any other function here, such as F.gelu, takes the plain formulas at the end of swiglu
 
 
 class _NormedSwiGLU(torch.autograd.Function):
-    # Written out for a CPU: autograd makes a pass over memory for each of some 20 operations, and keeps five copies of
-    # the rows. This goes through all of them with a block of rows that stays in the cache, and keeps y and its result.
-    # A compiler gets all rows at once, to make two loops of it.
+    # Written out for a CPU: autograd makes a pass over memory for each of some 20 operations and keeps five copies of
+    # the rows. This runs all of them on a block of rows that stays in the cache, and keeps y and the result.
+    # torch.compile gets all rows at once and makes two loops of them.
 
     @staticmethod
     def blocks(gamma, *tensors):
-        """Views of 256 rows of each tensor, γ's first: the same for all rows, or a row for each."""
+        """Views of 256 rows of each tensor, γ first: shared by all rows, or one row of γ per row."""
         size = max(1, len(tensors[0])) if torch.compiler.is_compiling() else 256
         gammas = gamma.split(size) if gamma is not None and gamma.dim() > 1 else repeat(gamma)
         return zip(gammas, *(t.split(size) for t in tensors))
@@ -743,7 +742,7 @@ class _NormedSwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh):
         # With N = N(gate), a = γ ⊙ N and h = silu(a) ⊙ N(up): the gradients of two norms (see _RMSNorm) and of SwiGLU.
-        # The mean in that of up is one of dh ⊙ h, so N(up) itself is not needed.
+        # The mean in the gradient of up is that of dh ⊙ h, so N(up) itself is not needed.
         y, gamma, h, *r = ctx.saved_tensors
         n, m, wide = ctx.n, y.size(-1) // 2, r[0].dtype
         dy, dgammas = y.new_empty(y.shape), []
@@ -768,11 +767,11 @@ class _NormedSwiGLU(torch.autograd.Function):
 
 def swiglu(y, n, eps=0.0, normed=False, gamma=None):
     """
-    silu(gate) ⊙ up (SwiGLU, arXiv 2002.05202); where `normed`, silu(γ ⊙ N(gate)) ⊙ N(up), as DNP has it.
+    silu(gate) ⊙ up (SwiGLU, arXiv 2002.05202); if `normed`, DNP's silu(γ ⊙ N(gate)) ⊙ N(up).
 
     y: (..., 2 m), a GEMM's rows: gate in the first n of m ≥ n channels, up in the first n of the other m, and zeros
-    after each, as scaled_cast's rows of zeros give. gamma: None, (n,) or a row for each row of y, in fp32. DNP's vector
-    of up is left to the matrix that comes next. Returns (..., m), with zeros after the first n.
+    after each, as scaled_cast's rows of zeros give. gamma: None, (n,) or one row per row of y, in fp32. DNP's vector of
+    up is left to the next matrix. Returns (..., m), with zeros after the first n.
     """
     m, written_out = y.size(-1) // 2, activation is F.silu
     gamma = gamma if normed else None

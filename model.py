@@ -2,16 +2,16 @@
 GPT, in two layouts of its norms, with every scale-vector variant of norms.py.
 
 llama: Pre-Norm, RoPE, SwiGLU, no biases.
-gemma: the same with Gemma's norms: a post-norm around each sublayer and QK-norm, so that scale vectors with the
-    output role exist in the baseline already. Its GeGLU and embedding scaling are left out, so that the norms are
-    all that differs between the two.
+gemma: the same with Gemma's norms: a post-norm after each sublayer, and QK-norm, so that even the baseline has scale
+    vectors with the output role. Gemma's GeGLU and embedding scaling are left out, so that the two layouts differ only
+    in their norms.
 
 With n_experts the FFN of every block is a mixture of experts (MoE): the same model with another FFN.
 
-Shapes: B batch, T tokens; n_head heads of d_head channels each for q, n_kv_head for k and v. In a MoE: E experts, K
-of them chosen for each of N = B·T tokens.
+Shapes: B batch, T tokens; n_head heads of d_head channels for q, n_kv_head for k and v. In a MoE: E experts, of which
+each of N = B·T tokens goes through K.
 
-Knows kernels.py, norms.py and moe.py.
+Imports kernels.py, norms.py and moe.py.
 """
 
 import torch
@@ -26,7 +26,7 @@ ALIGN = 8  # bf16 numbers in 16 bytes
 
 
 def branches(config, n_out, **kw):
-    """The branches after one of a model's Pre-Norms, n_out as Branches takes it."""
+    """The branches after one Pre-Norm of the model; n_out as in Branches."""
     return Branches(config.n_embd, n_out, heterogeneous=config.heterogeneous, form=config.reparam,
                     scale_vectors=config.scale_vectors, **kw)
 
@@ -48,7 +48,7 @@ def rope_tables(d_head, block_size, theta):
 
 
 class KVCache:
-    """One block's keys and values of the tokens so far, so that the next one costs a row and not the whole context."""
+    """One block's keys and values of the tokens so far, so that the next token costs one row, not the whole context."""
 
     def __init__(self, config, batch, device):
         shape = (batch, config.n_kv_head, config.block_size, config.d_head)
@@ -80,8 +80,8 @@ class Attention(nn.Module):
 
     def weights(self, dtype):
         """
-        What its two GEMMs multiply by: q, k and v one below the other, and o. Attention mixes tokens, not channels, so
-        that DNP's u of v goes on into o's columns; each head of v serves n_head / n_kv_head heads of o.
+        What its two GEMMs multiply by: q, k and v stacked by rows, and o. Attention mixes tokens, not channels, so DNP's
+        u of v folds into o's columns; each head of v serves n_head / n_kv_head heads of o.
         """
         config, u_v = self.config, self.qkv.after_norm("v")
         if u_v is not None:
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d_head)
         if cache is not None:
             k, v = cache.extend(k, v)
-        # a single token comes last and sees all keys; without a cache it has only itself to see
+        # a single token is the last one and sees all keys
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=config.n_kv_head != config.n_head)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), W_o)
 
@@ -118,8 +118,8 @@ class FFN(nn.Module):
 
     def weights(self, dtype):
         """
-        What its two GEMMs multiply by: gate and up one below the other, and down; the hidden width is padded. The
-        product is linear in up, so that DNP's u of up goes on into down's columns.
+        What its two GEMMs multiply by: gate and up stacked by rows, and down; the hidden width is padded. The product is
+        linear in up, so DNP's u of up folds into down's columns.
         """
         down = scaled_cast([self.down], [None], [self.gate_up.after_norm("up")], dtype, align_columns=ALIGN)
         return self.gate_up.folded_weight(dtype, ALIGN), down
@@ -154,10 +154,10 @@ class Block(nn.Module):
 
     def forward(self, x, y, cos, sin, cache=None, weights=(None, None)):
         """
-        x: the residual stream, (B, T, n_embd), and y: what the last sublayer adds to it, None at first. The sum is left
-        to the norm after it, which reads both anyway. Returns the next x and y.
+        x: the residual stream, (B, T, n_embd), and y: what the last sublayer adds to it, None at first. The next norm
+        does the addition, since it reads both anyway. Returns the next x and y.
 
-        The Pre-Norms are N alone: their scale vectors live in the branches after them.
+        The Pre-Norms have no vector: it is in the branches after them.
         """
         gemma, eps = self.config.arch == "gemma", self.config.norm_eps
         h, x = self.pre_norm(x, y, self.attn.qkv)
@@ -182,8 +182,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """
     A decoder-only Transformer. Parameters are fp32; activations have config.dtype; norm statistics and the loss are
-    in fp32 (or in fp64, where config.dtype is). Initialised from the global RNG, in an order in which scale vectors
-    draw nothing: the same seed gives the same matrices under every strategy.
+    fp32 (fp64 if config.dtype is). Initialised from the global RNG, from which scale vectors draw nothing: the same
+    seed gives the same matrices under every strategy.
     """
 
     def __init__(self, config):
@@ -206,9 +206,9 @@ class GPT(nn.Module):
         Yield (name, parameter, role, decays) once for each parameter.
 
         role: 'matrix' (hidden weights: 2-D, or 3-D stacks of experts), 'embedding' (the token table and the LM head),
-        'router', 'input' or 'output' (a scale vector's). A router's rows are classes, as the LM head's are: Muon, which
-        makes the directions of a matrix equally strong, is not for it, AdamW is. decays: False for the directions α
-        that weight decay would shrink to no effect.
+        'router', 'input' or 'output' (a scale vector's). A router's rows are classes, like the LM head's, so it is
+        trained by AdamW, not by Muon, which makes the directions of a matrix equally strong. decays: False for α of OR,
+        whose decay would not change γ.
         Raises RuntimeError on a parameter that it does not know.
         """
         roles = {}
@@ -231,8 +231,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        N(0, init_std) for matrices, by default 1/√fan_in, which leaves the size of what goes through them; N(0,
-        embedding_std) for the token table; 1 for every γ. Raises on a parameter that named_roles doesn't know.
+        N(0, init_std) for matrices, by default 1/√fan_in, which preserves the size of activations; N(0, embedding_std)
+        for the token table; 1 for every γ. Raises on a parameter that named_roles does not know.
         """
         config = self.config
         for _, p, role, _ in self.named_roles():
@@ -267,12 +267,12 @@ class GPT(nn.Module):
         logits = self.logits(h, *(weights[-1] if weights else self.head_weights(h.dtype)))
         if targets is None:
             return logits, None
-        # Compiled, `wide` never exists: the sums read the bf16 logits. So a loss in chunks would save little.
+        # Compiled, `wide` is never written: the sums read the bf16 logits. So a loss in chunks would save little.
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(wide.view(-1, wide.size(-1)), targets.reshape(-1))
         if self.config.n_experts and torch.is_grad_enabled():
             extra = sum(ffn.loss for ffn in mixtures(self)) / self.config.n_layer
-            loss = loss + (extra - extra.detach())  # a gradient and no value: losses stay comparable with a dense run's
+            loss = loss + (extra - extra.detach())  # its gradient without its value: losses stay comparable with a dense run's
             for ffn in mixtures(self):
                 ffn.loss = None
         return logits, loss
@@ -298,12 +298,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """
-        Continue idx, (B, T) int64 with T ≥ 1, and yield each new column of tokens, (B, 1), as it comes. All of them come
-        from the parameters as they were at the first.
+        Continue idx, (B, T) int64 with T ≥ 1, and yield each new column of tokens, (B, 1), as it comes. The parameters
+        are read once, before the first.
 
         temperature: 0 takes the likeliest token. top_k: sample from the k likeliest only.
-        The model sees the last block_size tokens at most. RoPE's positions are in the cached keys, so a full window
-        cannot move on by one token: it drops its older half, is read anew from position 0, and fills up again.
+        The model sees at most the last block_size tokens. The cached keys contain RoPE's positions, so a full window
+        cannot move by one token: it drops its older half, is read again from position 0, and fills up again.
         """
         window, caches = idx[:, -self.config.block_size:], None
         weights = self.weights(getattr(torch, self.config.dtype))
@@ -332,12 +332,12 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """
-        Floating-point operations of training, forward and backward, for one token: 6 N + 12 L n_head d_head T.
+        Floating-point operations of training on one token, forward and backward: 6 N + 12 L n_head d_head T.
 
-        PaLM's formula (arXiv 2204.02311, appendix B), without rematerialisation. N counts the weights that multiply
-        activations, for one token: not the token table, which is looked up, and not scale vectors, which act on
-        weights; of E experts, K. The second term is attention's, with no discount for the causal half, as PaLM, nanoGPT
-        and most MFU figures have it.
+        PaLM's formula (arXiv 2204.02311, appendix B), without rematerialisation. N counts the weights that multiply a
+        token's activations: not the token table, which is looked up, nor scale vectors, which act on weights; K of E
+        experts. The second term is attention's, without a discount for the causal half, as in PaLM, nanoGPT and most
+        MFU figures.
         """
         config, used = self.config, active(self)
         hidden = sum(used[p] for _, p, role, _ in self.named_roles() if role in ("matrix", "router"))

@@ -1,7 +1,7 @@
 """
-A mixture of experts in the place of a block's FFN: router, dispatch, balance. It is handed the FFN that it stacks.
+A mixture of experts in place of a block's FFN: router, dispatch, balance. It is given the FFN that it stacks.
 
-Knows norms.py alone. Shapes: B batch, T tokens; E experts, K of them chosen for each of N = B·T tokens.
+Imports norms.py. Shapes: B batch, T tokens; E experts, of which each of N = B·T tokens goes through K.
 """
 
 import torch
@@ -13,9 +13,9 @@ from norms import ScaleVector
 
 def can_group(x, *widths):
     """
-    Whether grouped_linear is for these experts: bf16 on a GPU, where rows `widths` wide begin at multiples of 16 bytes.
+    Whether grouped_linear can be used: bf16 on a GPU, if rows `widths` wide begin at multiples of 16 bytes.
 
-    A CPU has grouped_mm too, in torch 2.13 in fp32, bf16 and fp16, but not in every version, and no faster.
+    On a CPU grouped_mm exists in some versions of torch and is not faster.
     """
     has = hasattr(F, "grouped_mm") or hasattr(torch, "_grouped_mm")
     return has and x.is_cuda and x.dtype == torch.bfloat16 and not any(n % 8 for n in widths)
@@ -23,24 +23,24 @@ def can_group(x, *widths):
 
 def grouped_linear(x, weight, ends):
     """
-    Row i of x times the transpose of its expert's matrix, as one grouped GEMM: (M, K) and (E, N, K) make (M, N).
+    Row i of x times the transpose of its expert's matrix, as one grouped GEMM: (M, K) and (E, N, K) give (M, N).
 
-    ends: (E,) int32, where each expert's rows end; they lie in the experts' order, and ends[-1] is M: rows after it
-    would stay uninitialised. An expert may have no rows; its weight's gradient is then zeros, and not missing.
+    ends: (E,) int32, where each expert's rows end; rows are sorted by expert, and ends[-1] must be M: rows after it
+    would stay uninitialised. An expert may have no rows; the gradient of its weight is then zeros.
     """
     grouped_mm = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
     return grouped_mm(x, weight.transpose(-2, -1), offs=ends)
 
 
 def looped_linear(x, weight, sizes):
-    """grouped_linear's twin, a GEMM for each expert. sizes: a list of their numbers of rows."""
-    # unbind, since the gradient of weight[e] would be as large as all of weight, for each e
+    """grouped_linear as one GEMM per expert. sizes: a list of the experts' numbers of rows."""
+    # unbind: the gradient of each weight[e] would be as large as all of weight
     return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.split(sizes), weight.unbind())])
 
 
 class _Permute(torch.autograd.Function):
-    # x[there] for a permutation `there` whose inverse is known: the gradient is a gather as well. Autograd's own is a
-    # scatter-add, which a GPU does in any order.
+    # x[there] for a permutation whose inverse is known, so that the gradient is a gather too. Autograd's own is a
+    # scatter-add, which a GPU does in no fixed order.
 
     @staticmethod
     def forward(ctx, x, there, back):
@@ -55,10 +55,10 @@ class _Permute(torch.autograd.Function):
 
 class Route:
     """
-    Which rows go to which expert: every token K times, sorted by expert, and by token within one.
+    Which rows go to which expert: every token K times, sorted by expert, then by token.
 
-    chosen: (N, K) int64, each token's experts. load: (E,) int64, each expert's rows. grouped: one grouped GEMM for all
-    experts, or a loop over them, which has to wait for load.
+    chosen: (N, K) int64, each token's experts. load: (E,) int64, each expert's number of rows. grouped: one grouped
+    GEMM for all experts, or a loop over them, for which the CPU has to wait for load.
     """
 
     def __init__(self, chosen, load, grouped):
@@ -69,12 +69,12 @@ class Route:
         self.back[self.order] = torch.arange(self.order.numel(), device=chosen.device)
 
     def dispatch(self, x):
-        """(N, n_embd) to (N·K, n_embd), each expert's rows together."""
-        copies = x.unsqueeze(1).expand(-1, self.K, -1).reshape(-1, x.size(-1))  # its gradient is a sum in fixed order
+        """(N, n_embd) to (N·K, n_embd), sorted by expert."""
+        copies = x.unsqueeze(1).expand(-1, self.K, -1).reshape(-1, x.size(-1))  # its gradient is summed in a fixed order
         return _Permute.apply(copies, self.order, self.back)
 
     def combine(self, y, weights):
-        """(N·K, n_embd) back to (N, n_embd): the sum over a token's experts times weights, (N, K), in their order."""
+        """(N·K, n_embd) back to (N, n_embd): each token's sum over its experts, weighted by weights, (N, K)."""
         y = _Permute.apply(y, self.back, self.order).unflatten(0, (-1, self.K))
         return (y * weights.unsqueeze(-1)).sum(1).to(y.dtype)
 
@@ -82,7 +82,7 @@ class Route:
         return grouped_linear(x, weight, self.ends) if self.grouped else looped_linear(x, weight, self.sizes)
 
     def rows(self, gamma):
-        """Each row's own of a stack of scale vectors, (E, n) to (N·K, n); one that experts share, (n,), stays."""
+        """From a stack of scale vectors, (E, n), each row's own, (N·K, n); a shared one, (n,), is returned as it is."""
         if gamma.dim() == 1:
             return gamma
         if self.grouped:
@@ -92,33 +92,32 @@ class Route:
 
 class MoE(nn.Module):
     """
-    A mixture of SwiGLU experts, of which each token goes through the K with the highest scores (arXiv 1701.06538), and
-    none is dropped. Besides them there may be a shared expert: an FFN, shared_dim wide, that every token goes through.
+    A mixture of SwiGLU experts. Each token goes through the K with the highest scores (arXiv 1701.06538); no token is
+    dropped. There may also be a shared expert, an FFN shared_dim wide that every token goes through.
 
-    The router is a branch of the Pre-Norm: with a γ of its own under HG, else with the one that all branches share. DP
-    and DNP leave it alone (our reading: a norm over the logits would fix the router's temperature). It computes in
-    fp32. Its outputs become the weights of the chosen experts by
-        softmax      softmax over the chosen, as Mixtral: they sum to 1. With K = 1 the weight is always 1, and nothing
-                     but the auxiliary losses trains the router
-        softmax_all  softmax over all experts, as OLMoE: they sum to less
-        sigmoid      sigmoids, divided by their sum over the chosen, as DeepSeek-V3
+    The router is a branch of the Pre-Norm, with its own γ under HG, else with the γ that all branches share. AP, DP and
+    DNP do not act on it [R]: a norm over its logits would fix its temperature. It computes in fp32. Its outputs become
+    the weights of the chosen experts by
+        softmax      softmax over the chosen, as in Mixtral: they sum to 1. If K = 1 the weight is always 1, and only
+                     the auxiliary losses train the router
+        softmax_all  softmax over all experts, as in OLMoE: they sum to less than 1
+        sigmoid      sigmoids divided by their sum over the chosen, as in DeepSeek-V3
 
-    Balance is kept by two losses, or by a bias.
-    router_aux   E Σ_e f_e p_e for each sequence (f: share of the sequence's choices, p: mean probability; 1 when
-                 balanced), averaged over sequences (arXiv 2412.19437) and layers. The usual f and p are those of a
-                 micro-batch; a product of two means depends on how the batch was split, so that loss would change with
-                 the micro-batch and the number of processes. This one does not. It asks for more: balance within each
-                 sequence
+    Two losses or a bias keep the load balanced. The paper names neither router nor loss [R].
+    router_aux   E Σ_e f_e p_e per sequence (f: share of the sequence's choices, p: mean probability; 1 if balanced),
+                 averaged over sequences (arXiv 2412.19437) and layers. Usually f and p are means over a micro-batch;
+                 but then the loss, a product of two means, depends on how the batch is split into micro-batches and
+                 processes. This one does not. It is stricter: it asks for balance within each sequence
     router_z     mean of logsumexp(logits)² (arXiv 2202.08906)
-    router_bias  after each optimizer step, b_e moves by this towards balance: up where the expert had less than the
-                 mean of the step's tokens, down where it had more. b is added to scores for the choice alone, so it
+    router_bias  after each optimizer step, b_e moves by this towards balance: up if the expert had fewer of the step's
+                 tokens than the mean, down if it had more. b is added to the scores only to choose the experts, so it
                  has no gradient (arXiv 2408.15664)
     """
 
     grouped = None  # True or False, in tests; else can_group says
 
     def __init__(self, config, router, experts, shared=None):
-        """router: Branches with one, 'router'. experts: the FFN of n_experts, stacked. shared: an FFN, or None."""
+        """router: Branches with one branch, 'router'. experts: an FFN stacked n_experts times. shared: an FFN, or None."""
         super().__init__()
         self.config, E = config, config.n_experts
         self.router, self.experts, self.shared = router, experts, shared
@@ -127,7 +126,7 @@ class MoE(nn.Module):
                 if ffn is not None:
                     ffn.gate_up.v = self.router.v
         self.register_buffer("bias", torch.zeros(E))
-        # of the micro-batches since the last optimizer step
+        # sums over the micro-batches since the last optimizer step
         self.register_buffer("load", torch.zeros(E, dtype=torch.int64), persistent=False)
         self.register_buffer("entropy", torch.zeros(()), persistent=False)
         self.loss = None
@@ -160,7 +159,7 @@ class MoE(nn.Module):
         choices = chosen.view(B, -1)  # (B, T·K)
         counts = choices.new_zeros(B, E).scatter_add_(1, choices, torch.ones_like(choices))
         load = counts.sum(0)
-        if torch.is_grad_enabled():  # evaluation balances nothing and leaves no trace in the statistics
+        if torch.is_grad_enabled():  # not in evaluation, which the statistics leave out too
             p = scores / scores.sum(-1, keepdim=True) if config.router == "sigmoid" else scores
             f = counts.to(p.dtype) / (T * K)
             balance = E * (f * p.view(B, T, E).mean(1)).sum(-1).mean()
@@ -174,7 +173,7 @@ class MoE(nn.Module):
         return y if self.shared is None else y + self.shared(h, weights=W_shared)
 
     def stacked(self):
-        """The parameters of which each expert has a share of its own."""
+        """The parameters that hold one share per expert."""
         yield from (*self.experts.gate_up.weight.values(), self.experts.down)
         for module in self.experts.modules():
             if isinstance(module, ScaleVector) and module.stack:
@@ -189,8 +188,8 @@ def mixtures(model):
 @torch.no_grad()
 def take_router_statistics(model):
     """
-    (load, entropy) since the last call: (n_layer, E) int64, choices of each expert; (n_layer,), the router's
-    entropy in nats, the mean over tokens, summed over micro-batches. Of this process; they begin again at zero.
+    (load, entropy) of this process since the last call, and reset both to zero. load: (n_layer, E) int64, how often
+    each expert was chosen. entropy: (n_layer,), the router's, in nats, a mean over tokens summed over micro-batches.
     """
     load, entropy = (torch.stack([getattr(moe, name) for moe in mixtures(model)]) for name in ("load", "entropy"))
     for moe in mixtures(model):
@@ -207,7 +206,7 @@ def balance_routers(model, load):
 
 
 def active(model):
-    """Parameter -> how many of its numbers are used for one token: K of E experts' in what experts have stacked."""
+    """Parameter -> how many of its numbers one token uses: K/E of those stacked by expert, all of the others."""
     share = {p: moe.config for moe in mixtures(model) for p in moe.stacked()}
     return {p: p.numel() * share[p].experts_per_token // share[p].n_experts if p in share else p.numel()
             for p in model.parameters()}

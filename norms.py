@@ -116,9 +116,9 @@ class Branches(nn.Module):
     placement: one of PLACEMENTS (the table at the top of this file), or a dict with one per branch.
     heterogeneous: a v_c per branch; otherwise all branches share one v. form: of every scale vector. scale_vectors:
     False fixes all of them to 1. role: of v.
-    group: channels that the N of dual_norm and norm covers, such as those of a head; by default the branch's full width.
-    eps: of the same N. The paper has none. It only guards against 0/0, and is far below the Pre-Norm's 1e-6 because this
-    N may see the residual stream at its own size (idle_norm).
+    group: channels that the N of dual_norm and norm covers, such as those of a head; by default the whole branch.
+    eps: of the same N. The paper has none. It only guards against 0/0, and is far below the Pre-Norm's 1e-6 because
+    this N may see the residual stream at its own size (idle_norm).
     stack: 0, or a number of experts. Each branch is then a stack of matrices, (stack, n_out, n_in), with one u_c per
     expert; v_c is shared by the experts, or stacked too where heterogeneous and own_v are set.
 
@@ -199,7 +199,7 @@ class Branches(nn.Module):
         """
         ((c, u, v),) = self.vectors()
         V = scaled_cast([self.weight[c]], [None], [v], dtype)
-        # A sum over 50,304 rows in bf16's product would be rounded to bf16 on the way (split-K). In pieces, each is.
+        # In pieces, each rounded once: a bf16 product over 50,304 rows may round its partial sums to bf16 (split-K).
         pieces = math.gcd(len(V), 32)
         G = V.view(pieces, -1, V.size(1))
         G = (G.mT @ G).to(torch.promote_types(dtype, torch.float32)).sum(0) * (V.size(1) / len(V))
@@ -220,7 +220,7 @@ class Branches(nn.Module):
 
 
 def unit(h, G, eps):
-    """h / sqrt(hᵀGh / n + ε): h, (..., n), at the size at which W' of `Branches.gram_fold` makes u ⊙ N. In h's dtype."""
+    """h / sqrt(hᵀGh / n + ε) in h's dtype, (..., n): what W' of `Branches.gram_fold` maps to u ⊙ N(W (v ⊙ h))."""
     wide = torch.promote_types(h.dtype, torch.float32)
     mean_square = (F.linear(h, G.to(h.dtype)).to(wide) * h.to(wide)).mean(-1, keepdim=True)
     return (h.to(wide) * (mean_square + eps).rsqrt()).to(h.dtype)

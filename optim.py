@@ -1,7 +1,7 @@
 """
 Parameter groups by role, AdamW, Muon, and learning-rate schedules that are pure functions of the step.
 
-Knows none of the other files.
+Imports none of the other files.
 """
 
 import math
@@ -11,11 +11,11 @@ import torch
 
 def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0, decay_direction=False):
     """
-    Groups for an optimizer, each with a 'name', 'params', 'weight_decay' and 'lr_mult'; empty ones are left out.
+    Groups for an optimizer, each with a 'name', 'params', 'weight_decay' and 'lr_mult'; there are no empty groups.
 
     named_roles: (name, parameter, role, decays) of every parameter, as GPT.named_roles yields them.
-    scale_decay: which scale vectors decay: 'input', 'output', 'all' or 'none', by role. Matrices and embeddings do.
-    decay_direction: of those that decay, α too where that leaves γ as it is.
+    scale_decay: the role of the scale vectors that decay: 'input', 'output', 'all' or 'none'. Matrices and embeddings
+    always decay. decay_direction: if a vector decays, so does α of OR, although that leaves γ unchanged.
     Raises AssertionError unless every parameter is in exactly one group.
     """
     named_roles = list(named_roles)
@@ -37,8 +37,8 @@ def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0, deca
 
 class StackedMuon(torch.optim.Optimizer):
     """
-    torch.optim.Muon with match_rms_adamw, for stacks of matrices (E, N, K) too, which that refuses: each matrix moves
-    by its own momentum, made orthogonal by five Newton-Schulz iterations in bf16.
+    torch.optim.Muon with match_rms_adamw, which refuses stacks of matrices (E, N, K), for these too: each matrix moves by
+    its own momentum, orthogonalised by five Newton-Schulz iterations in bf16.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -64,7 +64,7 @@ def orthogonalise(g):
     x = g.bfloat16().flatten(0, -3) if g.dim() > 2 else g.bfloat16().unsqueeze(0)
     if tall := g.size(-2) > g.size(-1):
         x = x.mT
-    # by a stack's own norm for each matrix: an expert with few tokens has a small gradient and the same say
+    # each matrix by its own norm: an expert with few tokens has a small gradient and gets an update of the same size
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -74,12 +74,12 @@ def orthogonalise(g):
 
 def make_optimizers(groups, optimizer, betas, shard=False):
     """
-    A list of optimizers over groups: AdamW alone, or Muon (Keller Jordan, 2024) for the hidden matrices and AdamW for
-    the rest. Muon is scaled so that its updates are as large as AdamW's (arXiv 2502.16982): both then share one
-    learning rate and weight decay.
+    A list of optimizers over groups: only AdamW, or Muon (Keller Jordan, 2024) for the hidden matrices and AdamW for the
+    rest. Muon's updates are scaled by 0.2 √max(m, n) to the size of AdamW's (arXiv 2502.16982, as in the paper), so
+    both share one learning rate and weight decay.
 
-    shard: ZeRO-1 (arXiv 1910.02054). Each process of the default group keeps the state of its share of the
-    parameters, updates those, and sends them to the others: the same updates, with less memory.
+    shard: ZeRO-1 (arXiv 1910.02054). Each process of the default group keeps the optimizer state of a share of the
+    parameters, updates those, and sends them to the others: the same updates with less memory.
     """
     hidden = [g for g in groups if optimizer == "muon" and g["name"] == "matrix"]
     rest = [g for g in groups if optimizer != "muon" or g["name"] != "matrix"]

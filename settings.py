@@ -56,7 +56,7 @@ class GPTConfig:
     router_aux: Amount = 0.02  # weight of the load-balancing loss
     router_z: Amount = 0.001  # weight of the z-loss on router logits
     router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 5e-3; then router_aux=0
-    expert_scales: Literal["shared", "own"] = "shared"  # under HG, experts share γ of gate and of up, or own theirs [R]
+    expert_scales: Literal["shared", "own"] = "shared"  # under HG: one γ for all experts' gates (ups), or one each [R]
     # numbers
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # activations; auto: bfloat16 where a GPU has it
 

@@ -1,4 +1,4 @@
-"""The model as the paper writes it, every strategy on activations: what the fold of norms.py and model.py must equal."""
+"""The model as the paper writes it, with every strategy on activations: what the fold must equal."""
 
 from contextlib import contextmanager
 

@@ -57,7 +57,7 @@ def both_ways(model):
 
 
 def loud(model):
-    """fp64, with matrices so large that an error cannot hide in flat logits, and no ε, which the paper has not either."""
+    """fp64, with matrices so large that an error cannot hide in flat logits, and without ε, like the paper."""
     shake(model).double()
     for module in model.modules():
         module.eps = 0.0
@@ -114,7 +114,7 @@ def test_the_heads_placement_follows_the_others_unless_its_logits_would_have_siz
 
 @pytest.mark.parametrize("rms", [1e-3, 1.0])
 def test_an_idle_pre_norm_is_idle_at_any_size_of_the_stream(rms):
-    """v's β at 0.05, where runs end, on a residual stream of rms 1e-3: left out or not, the Pre-Norm changes nothing."""
+    """v's β is 0.05, where runs end, and the stream has rms 1e-3: with or without the Pre-Norm, the loss is the same."""
     model = tiny(placement="dual_norm", heterogeneous=True, reparam="or", dtype="float64").double()
     with torch.no_grad():
         for name, p in model.named_parameters():

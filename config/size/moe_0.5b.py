@@ -1,5 +1,5 @@
-# The paper's mixture of experts with 0.5B, of which 0.18B active. The paper prints a width of 748, which heads of 64 do not divide and which
-# its count does not fit.
+# The paper's mixture of experts with 0.5B, of which 0.18B active. It prints a width of 748, which heads of 64 do not
+# divide and which does not give this count.
 # Silent in the paper, so ours [R]: warm-up, init, data.
 n_layer, n_head, n_embd = 9, 12, 768
 n_experts, experts_per_token, expert_dim, shared_dim = 32, 4, 512, 2048  # int(2d/3), int(8d/3)
