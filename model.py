@@ -80,8 +80,8 @@ class Attention(nn.Module):
 
     def weights(self, dtype):
         """
-        What its two GEMMs multiply by: q, k and v stacked by rows, and o. Attention mixes tokens, not channels, so DNP's
-        u of v folds into o's columns; each head of v serves n_head / n_kv_head heads of o.
+        What its two GEMMs multiply by: q, k and v stacked by rows, and o. Attention mixes tokens, not channels, so
+        DNP's u of v folds into o's columns; each head of v serves n_head / n_kv_head heads of o.
         """
         config, u_v = self.config, self.qkv.after_norm("v")
         if u_v is not None:
@@ -118,8 +118,8 @@ class FFN(nn.Module):
 
     def weights(self, dtype):
         """
-        What its two GEMMs multiply by: gate and up stacked by rows, and down; the hidden width is padded. The product is
-        linear in up, so DNP's u of up folds into down's columns.
+        What its two GEMMs multiply by: gate and up stacked by rows, and down; the hidden width is padded. The product
+        is linear in up, so DNP's u of up folds into down's columns.
         """
         down = scaled_cast([self.down], [None], [self.gate_up.after_norm("up")], dtype, align_columns=ALIGN)
         return self.gate_up.folded_weight(dtype, ALIGN), down
@@ -272,7 +272,7 @@ class GPT(nn.Module):
         loss = F.cross_entropy(wide.view(-1, wide.size(-1)), targets.reshape(-1))
         if self.config.n_experts and torch.is_grad_enabled():
             extra = sum(ffn.loss for ffn in mixtures(self)) / self.config.n_layer
-            loss = loss + (extra - extra.detach())  # its gradient without its value: losses stay comparable with a dense run's
+            loss = loss + (extra - extra.detach())  # only its gradient: losses stay comparable with a dense run's
             for ffn in mixtures(self):
                 ffn.loss = None
         return logits, loss

@@ -70,7 +70,7 @@ class Route:
 
     def dispatch(self, x):
         """(N, n_embd) to (N·K, n_embd), sorted by expert."""
-        copies = x.unsqueeze(1).expand(-1, self.K, -1).reshape(-1, x.size(-1))  # its gradient is summed in a fixed order
+        copies = x.unsqueeze(1).expand(-1, self.K, -1).reshape(-1, x.size(-1))  # the gradient's sum has a fixed order
         return _Permute.apply(copies, self.order, self.back)
 
     def combine(self, y, weights):
@@ -117,7 +117,7 @@ class MoE(nn.Module):
     grouped = None  # True or False, in tests; else can_group says
 
     def __init__(self, config, router, experts, shared=None):
-        """router: Branches with one branch, 'router'. experts: an FFN stacked n_experts times. shared: an FFN, or None."""
+        """router: Branches with one branch, 'router'. experts: a stack of n_experts FFNs. shared: an FFN, or None."""
         super().__init__()
         self.config, E = config, config.n_experts
         self.router, self.experts, self.shared = router, experts, shared

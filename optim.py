@@ -37,8 +37,8 @@ def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0, deca
 
 class StackedMuon(torch.optim.Optimizer):
     """
-    torch.optim.Muon with match_rms_adamw, which refuses stacks of matrices (E, N, K), for these too: each matrix moves by
-    its own momentum, orthogonalised by five Newton-Schulz iterations in bf16.
+    torch.optim.Muon with match_rms_adamw, also for stacks of matrices (E, N, K), which it refuses: each matrix moves
+    by its own momentum, orthogonalised by five Newton-Schulz iterations in bf16.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -74,8 +74,8 @@ def orthogonalise(g):
 
 def make_optimizers(groups, optimizer, betas, shard=False):
     """
-    A list of optimizers over groups: only AdamW, or Muon (Keller Jordan, 2024) for the hidden matrices and AdamW for the
-    rest. Muon's updates are scaled by 0.2 √max(m, n) to the size of AdamW's (arXiv 2502.16982, as in the paper), so
+    A list of optimizers over groups: only AdamW, or Muon (Keller Jordan, 2024) for the hidden matrices and AdamW for
+    the rest. Muon's updates are scaled by 0.2 √max(m, n) to the size of AdamW's (arXiv 2502.16982, as in the paper), so
     both share one learning rate and weight decay.
 
     shard: ZeRO-1 (arXiv 1910.02054). Each process of the default group keeps the optimizer state of a share of the

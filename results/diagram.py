@@ -1,5 +1,5 @@
 """
-Draws a block, and what each strategy has of it: results/block_light.svg and results/block_dark.svg.
+Draws a block, the LM head, and which parts each strategy has: results/block_light.svg and results/block_dark.svg.
 
     python results/diagram.py
 """
@@ -10,19 +10,20 @@ THEMES = {"light": {"ink": "#24292f", "line": "#8c959f", "norm": "#1a7f37", "inp
                     "weight": "#57606a"},
           "dark": {"ink": "#e6edf3", "line": "#6e7681", "norm": "#3fb950", "input": "#58a6ff", "output": "#f0883e",
                    "weight": "#9ea7b3"}}
-# where the columns stand that the block and the table below it share
+# the columns that the block and the table below it share
 X = {"norm": 128, "v": 236, "W": 330, "N": 424, "u": 518, "rope": 612, "mix": 720, "out": 814}
 KIND = {"norm": "norm", "v": "input", "W": "weight", "N": "norm", "u": "output"}
-TABLE, STEP, RIGHT = 374, 34, 870  # the table's first row, and from one to the next
+TABLE, STEP, RIGHT = 474, 34, 870  # the table's first row, and from one to the next
 IDLE = "idle"  # N(W (v ⊙ x)) does not see the length of x: a norm before it is left out
-# name, its boxes in the columns norm, v, W, N, u, and what there is to say
+# name, its boxes in the columns norm, v, W, N, u, and a remark
 STRATEGIES = [("baseline", ("N", "γ", "W_c", "", ""), "one γ for all branches of a norm"),
-              ("HG", ("N", "v_c", "W_c", "", ""), "a vector for each branch"),
-              ("DP", ("N", "γ", "W_c", "", "u_c"), "one on the output side too"),
+              ("HG", ("N", "v_c", "W_c", "", ""), "one vector per branch"),
+              ("AP", ("N", "", "W_c", "", "u_c"), "a vector on the output side only"),
+              ("DP", ("N", "γ", "W_c", "", "u_c"), "on both sides"),
               ("DNP", (IDLE, "γ", "W_c", "N", "u_c"), "with a norm, which makes the one before idle"),
-              ("unified", (IDLE, "v_c", "W_c", "N", "u_c"), "HG, DNP, γ = β N(α) (OR), decay on v alone (IWD)"),
-              ("light", ("in FFN", "v_c", "W_c", "q k v", "u_c"), "unified in attention, free in the FFN"),
-              ("free", ("N", "v_c", "W_c", "", "u_c"), "unified without its norms: costs nothing")]
+              ("unified", (IDLE, "v_c", "W_c", "N", "u_c"), "HG + DNP, γ = β N(α) (OR), decay only on v (IWD)"),
+              ("light", ("N", "v_c", "W_c", "q k v", "u_c"), "ours: unified in attention, free elsewhere"),
+              ("free", ("N", "v_c", "W_c", "", "u_c"), "ours: unified without its norms")]
 
 
 class Picture:
@@ -60,10 +61,10 @@ class Picture:
 
 
 def sublayer(p, name, branches, top, mix, out):
-    """One half of a block: a Pre-Norm, its branches one below the other, what joins them, a last matrix, the sum."""
+    """A Pre-Norm and its branches; then, in a block, what joins them, a last matrix and the sum."""
     rows = [top + 38 * i for i in range(len(branches))]
     middle, tall, stream = (rows[0] + rows[-1]) / 2, rows[-1] - rows[0] + 26, top - 40
-    p.line((24, stream), (RIGHT, stream))
+    p.line((24, stream), (RIGHT if mix else 66, stream), arrow=bool(mix))
     p.line((66, stream), (66, middle), (X["norm"] - 22, middle))
     p.text(24, stream - 13, "x", anchor="start")
     p.text(X["norm"] - 20, stream - 13, name, anchor="start", bold=True)
@@ -76,6 +77,8 @@ def sublayer(p, name, branches, top, mix, out):
             p.box(X[column], row, 60, 26, words, KIND.get(column, "weight"))
             before = X[column] + 31
         p.line((before, row), (X["mix"] - 57, row))
+    if not mix:
+        return p.text(X["mix"] - 50, middle, out, anchor="start")
     p.box(X["mix"], middle, 112, tall, mix, "weight")
     p.line((X["mix"] + 57, middle), (X["out"] - 28, middle))
     p.box(X["out"], middle, 54, 26, f"W_{out}", "weight")
@@ -88,6 +91,7 @@ def draw(colours):
     p = Picture(colours)
     sublayer(p, "attention", ("q", "k", "v"), 70, "softmax(q kᵀ) v", "o")
     sublayer(p, "FFN", ("gate", "up"), 238, "silu(gate) ⊙ up", "down")
+    sublayer(p, "LM head", ("head",), 368, "", "logits")
     p.line((24, TABLE - 52), (RIGHT, TABLE - 52), arrow=False)
     for (column, kind), words in zip(KIND.items(), ("Pre-Norm", "input side", "matrix", "norm", "output side")):
         p.text(X[column], TABLE - 30, words, kind, size=11)

@@ -114,7 +114,7 @@ def test_the_heads_placement_follows_the_others_unless_its_logits_would_have_siz
 
 @pytest.mark.parametrize("rms", [1e-3, 1.0])
 def test_an_idle_pre_norm_is_idle_at_any_size_of_the_stream(rms):
-    """v's β is 0.05, where runs end, and the stream has rms 1e-3: with or without the Pre-Norm, the loss is the same."""
+    """v's β is 0.05, where runs end, and the stream small: with or without the Pre-Norm, the loss is the same."""
     model = tiny(placement="dual_norm", heterogeneous=True, reparam="or", dtype="float64").double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -200,7 +200,7 @@ def test_counts_that_the_paper_prints(name, strategies, params, scale_params):
     assert counts["params"] == params and scale_params in (None, counts["scale_params"])
 
 
-# beside the paper's names of them; its 0.5B (0.18B) prints a width of 748, and its 1B (0.38B) a shape with 0.355B active
+# The paper prints 748 as the width of its mixture of 0.5B, and 0.38B active parameters for the shape of its 1B.
 @pytest.mark.parametrize("name,params,active", [
     ("llama_0.12b", 119_744_256, 119_744_256), ("llama_0.25b", 254_018_560, 254_018_560),
     ("llama_0.5b", 482_696_960, 482_696_960), ("llama_0.75b", 749_142_528, 749_142_528),
