@@ -33,11 +33,12 @@ def test_the_method_in_30_lines_is_norms_py():
     for c, y in zip("qk", ours(space["N"](x))):
         assert torch.allclose(theirs[c](x), y, atol=1e-5)
 
+def test_the_rule_for_decay_in_30_lines_is_iwd():
+    space = {}
+    exec(blocks("python")[0], space)
     model = GPT(GPTConfig(n_layer=1, n_embd=16, heterogeneous=True, placement="dual_norm", reparam="or"))
     decaying = {p for g in param_groups(model.named_roles(), 0.1, "input") if g["weight_decay"] for p in g["params"]}
     for name, p in model.named_parameters():
-        theirs = name.replace(".v.q.beta", ".v.beta").replace(".v.lm_head.beta", ".v.beta")
-        if ".u." in name or ".alpha" in name:
-            assert not space["decays"](theirs) and p not in decaying
-        elif ".v.q.beta" in name:
-            assert space["decays"](theirs) and p in decaying
+        if ".v." in name or ".u." in name:
+            parent, side, branch, part = name.rsplit(".", 3)
+            assert space["decays"](f"{parent}.{branch}.{side}.{part}") == (p in decaying), name
