@@ -23,9 +23,9 @@ def imports(name):
 
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - VERBS - {"modeling_nanoscale.py"}))
-def test_a_file_says_what_it_knows(name):
-    """In its first lines: 'Knows a.py and b.py.', which is just what it imports."""
-    said = re.search(r"Knows ((?:[^.]|\.py)*)\.", ast.get_docstring(FILES[name]))
+def test_a_file_says_what_it_imports(name):
+    """In its first lines: "Imports a.py and b.py."."""
+    said = re.search(r"(?:Knows|Imports) ((?:[^.]|\.py)*)\.", ast.get_docstring(FILES[name]))
     names = set(re.findall(r"\w+\.py", said[1]))
     assert names == {other.rpartition("/")[2] for other in imports(name)}
     assert names or said[1] == "none of the other files"
