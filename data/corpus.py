@@ -6,7 +6,6 @@ Knows tokens.py and configurator.py.
 
 import hashlib
 import os
-import shutil
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import ConfigError, open_file, streams, unheard
-from data.tokens import UNFINISHED, BinWriter, DataError, GPT2Tokenizer, load_tokenizer, open_tokens, write_meta
+from data.tokens import UNFINISHED, BinWriter, DataError, load_tokenizer, write_meta
 
 
 def find_files(root, ignored):
@@ -110,11 +109,15 @@ def write_corpus(files, out, tokenizer, unit=str):
             notes["split"] = "too few files to split by file, so val is the last 5% of the tokens"
         train.flush()
         val.flush()
-        # A kill from now on leaves files of two corpora, and a meta.json of the old one would be believed.
-        (out / UNFINISHED).touch()
-        (out / "meta.json").unlink(missing_ok=True)
+        begin(out)
     notes["files"] = f"{len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)"
     finish(out, tok, notes)
+
+
+def begin(out):
+    """Marks a folder as unfinished until finish(): a kill in between leaves files of two corpora in it."""
+    (out / UNFINISHED).touch()
+    (out / "meta.json").unlink(missing_ok=True)
 
 
 def finish(out, tokenizer, notes={}):
@@ -128,34 +131,6 @@ def finish(out, tokenizer, notes={}):
     except OSError as error:
         unheard()
         raise DataError(f"stdout: {error.strerror}; but {out} is complete") from None
-
-
-def download(repo, sources, out, convert):
-    """
-    Makes those files of sources, {a .bin file in out: its source in a dataset on Hugging Face}, that are not whole yet:
-    convert(downloaded, path). The environment's HF_ENDPOINT is a mirror. Raises DataError.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise DataError("huggingface_hub is not installed; run: pip install huggingface_hub") from None
-    out.mkdir(parents=True, exist_ok=True)
-    for name, source in sources.items():
-        try:
-            open_tokens(out / name)
-            continue
-        except ConfigError:  # not there, or not whole
-            pass
-        try:
-            downloaded = hf_hub_download(repo, source, repo_type="dataset", local_dir=out / "download.part")
-        except Exception as error:  # of the network, the server, the storage, the disk: they share no class
-            reason = str(error.__cause__ or error).partition("\n")[0]
-            raise DataError(f"{repo}, {source}: not downloaded ({reason}); see to the network or the disk, then run "
-                            "the same command again") from None
-        convert(Path(downloaded), out / name)
-        open_tokens(out / name)  # or says what is wrong with it
-    shutil.rmtree(out / "download.part", ignore_errors=True)
-    finish(out, GPT2Tokenizer)
 
 
 def home(path):

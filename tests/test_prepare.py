@@ -1,6 +1,5 @@
 """The corpora: data/corpus.py and each prepare.py. Downloads come from a server of our own, or from a stand-in."""
 
-import gzip
 import hashlib
 import json
 import os
@@ -14,12 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-import data.c4.prepare as c4
 import data.corpus as corpus
 import data.fineweb.prepare as fineweb
 import data.pysrc.prepare as pysrc
+import data.shakespeare.prepare as shakespeare
 import data.text.prepare as text
-from data.tokens import HERE, UNFINISHED, BinWriter, DataError, Tokens, load_tokenizer
+from configurator import ConfigError
+from data.tokens import HERE, UNFINISHED, BinWriter, DataError, Tokens, load_tokenizer, open_tokens
 
 
 def one_line(error, *parts):
@@ -336,7 +336,7 @@ def hub(monkeypatch):
         files, asked = {}, []
 
     def hf_hub_download(repo, name, repo_type, local_dir):
-        assert repo_type == "dataset" and repo in (fineweb.REPO, c4.REPO)
+        assert repo_type == "dataset" and repo == fineweb.REPO
         path = local_dir / name
         if not path.exists():
             Hub.asked.append(name)
@@ -408,7 +408,7 @@ def test_without_huggingface_hub_one_line_says_what_to_install(tmp_path, monkeyp
     with pytest.raises(DataError) as error:
         fineweb.prepare(1, tmp_path / "out")
     one_line(error, "pip install huggingface_hub")
-    code = "import data.fineweb.prepare, data.c4.prepare, sys; assert 'huggingface_hub' not in sys.modules"
+    code = "import data.fineweb.prepare, sys; assert 'huggingface_hub' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent).returncode == 0
 
 
@@ -495,108 +495,30 @@ def test_the_real_client_fails_in_one_line_and_keeps_what_is_whole(server, tmp_p
     assert contents(tmp_path / "out") == {"fineweb_val_000000.bin": whole}
 
 
-# --- c4 --------------------------------------------------------------------------------------------------------------
+# --- shakespeare -----------------------------------------------------------------------------------------------------
 
-C4_TEXTS = {name: [f"{name} document {i}. 漢字 <|endoftext|>\n" * (1 + i % 4) for i in range(1200)]
-            for name in ("en/c4-validation.00000-of-00008.json.gz", "en/c4-train.00000-of-01024.json.gz",
-                         "en/c4-train.00001-of-01024.json.gz")}
-
-
-@pytest.fixture
-def c4_hub(hub, gpt2):
-    hub.files = {}
-    for name, texts in C4_TEXTS.items():
-        lines = "\n".join(json.dumps({"text": text, "url": "x"}) for text in texts)
-        hub.files[name] = gzip.compress(lines.encode())
-    return hub
-
-
-def test_c4_keeps_documents_in_order_and_finished_shards(c4_hub, tmp_path, capsys):
-    out = tmp_path / "out"
-    c4.prepare(1, out)
-    assert sorted(os.listdir(out)) == ["meta.json", "train_00000.bin", "val_00000.bin"]
-    before = (out / "train_00000.bin").stat().st_mtime_ns
-    c4_hub.asked.clear()
-    c4.prepare(2, out)
-    assert c4_hub.asked == ["en/c4-train.00001-of-01024.json.gz"]
-    assert (out / "train_00000.bin").stat().st_mtime_ns == before
-    for name, texts in zip(["val_00000", "train_00000", "train_00001"], C4_TEXTS.values()):
-        assert documents(out / f"{name}.bin", "gpt2") == texts
-    assert json.loads((out / "meta.json").read_text())["train_tokens"] == Tokens(out, "train", 8, 50257).n_tokens
-    assert "skipped" not in capsys.readouterr().err
+def test_shakespeare_is_split_as_nanogpt_does(tmp_path, monkeypatch):
+    content = bytes(range(1, 116)) * 9
+    (tmp_path / "input.txt").write_bytes(content)
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(shakespeare, "URL", (tmp_path / "input.txt").as_uri())
+    for source in (None, tmp_path / "input.txt"):
+        out = tmp_path / str(source is None)
+        shakespeare.prepare(source, out)
+        assert [open_tokens(out / f"{split}.bin")[0].astype(np.uint8).tobytes() for split in ("train", "val")] == [
+            content[:int(len(content) * 0.9)], content[int(len(content) * 0.9):]]
+        assert Tokens(out, "val", 8, 256).tokenizer == "bytes"
 
 
-def test_c4_interrupted_conversion_downloads_nothing_twice(c4_hub, tmp_path, monkeypatch):
-    class Interrupted(BinWriter):
-        def write(self, tokens):
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(c4, "BinWriter", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            c4.prepare(1, tmp_path / "out")
-    assert contents(tmp_path / "out") == {}
-    assert c4_hub.asked == ["en/c4-validation.00000-of-00008.json.gz"]
-    c4.prepare(1, tmp_path / "out")
-    assert c4_hub.asked[1:] == ["en/c4-train.00000-of-01024.json.gz"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "train_00000.bin", "val_00000.bin"]
-
-
-@pytest.mark.parametrize("content", [gzip.compress(b'{"text": "a"}\n' * 10)[:-9], b"no gzip", gzip.compress(b'{"te'),
-                                     gzip.compress(b'{"no text": 1}'), gzip.compress(b"[1]"), b""])
-def test_c4_damaged_source_is_refused_and_removed(tmp_path, gpt2, content):
-    source = tmp_path / "c4.json.gz"
-    source.write_bytes(content)
-    with pytest.raises(DataError) as error:
-        c4.convert(source, tmp_path / "train.bin")
-    one_line(error, str(source), "damaged", "run the same command again")
-    assert not contents(tmp_path)
-
-
-def c4_convert(tmp_path, lines):
-    """The documents that C4's reading makes of lines; the source goes, so that no later run meets it again."""
-    (tmp_path / "c4.json.gz").write_bytes(gzip.compress(b"\n".join(lines)))
-    c4.convert(tmp_path / "c4.json.gz", tmp_path / "train.bin")
-    assert set(contents(tmp_path)) == {"train.bin"}
-    return documents(tmp_path / "train.bin", "gpt2")
-
-
-GOOD = [json.dumps({"text": f"document {i}"}).encode() for i in range(20)]
-
-
-@pytest.mark.parametrize("bad", [
-    b'{"text": "cut', b"[" * 500_000, b'{"a": ' * 9000, b'{"text": ["a", "b"]}', b'{"text": 7}',
-    b'{"text": {"a": "b"}}', b'{"text": null}', b'{"url": "x"}', b'["text"]', b'"text"', b"9" * 5000, b"\xff\xfe"])
-def test_c4_skips_and_counts_lines_that_are_none(tmp_path, gpt2, capsys, bad):
-    assert c4_convert(tmp_path, [*GOOD[:5], bad, *GOOD[5:], bad]) == [f"document {i}" for i in range(20)]
-    assert capsys.readouterr().err == "train.bin: 2 lines skipped, too long or no JSON with a text\n"
-
-
-def test_c4_skips_and_counts_lines_that_are_too_long(tmp_path, gpt2, monkeypatch, capsys):
-    monkeypatch.setattr(c4, "LONGEST", 2 ** 20)
-    long, longer = (json.dumps({"text": "x" * n}).encode() for n in (10 ** 6, 10 ** 7))
-    found = c4_convert(tmp_path, [*GOOD[:5], longer, *GOOD[5:], long, GOOD[0], longer])
-    assert found == [*(f"document {i}" for i in range(20)), "x" * 10 ** 6, "document 0"]
-    assert "train.bin: 2 lines skipped" in capsys.readouterr().err
-
-
-def test_c4_reads_a_line_of_any_length_in_little_memory():
-    class Endless:
-        """A file whose second line is 4 GB long."""
-        asked = left = 2 ** 32
-
-        def read(self, n):
-            return self.take(n, b"")
-
-        def readline(self, n):
-            return self.take(n, b"\n{}\n" if self.left <= n else b"")
-
-        def take(self, n, end):
-            assert n <= c4.LONGEST
-            n = min(n, self.left)
-            self.left -= n
-            return b"x" * n + (end if n else b"")
-    blocks = list(c4.blocks(Endless()))
-    assert [len(block) for block in blocks] == [2 ** 20 + c4.LONGEST]
+@pytest.mark.parametrize("source, said", [("other", "not tiny Shakespeare"), ("none", "no such file"),
+                                          (None, "cannot be read")])
+def test_what_is_not_shakespeare_is_refused(tmp_path, monkeypatch, source, said):
+    (tmp_path / "other").write_text("another text")
+    monkeypatch.setattr(shakespeare, "URL", (tmp_path / "nowhere").as_uri())
+    with pytest.raises(ConfigError) as error:
+        shakespeare.prepare(source and tmp_path / source, tmp_path / "out")
+    one_line(error, str(tmp_path / (source or "nowhere")), said)
+    assert not (tmp_path / "out").exists()
 
 
 # --- command lines ---------------------------------------------------------------------------------------------------
@@ -606,7 +528,7 @@ def run(corpus_, *arguments, cwd, **environ):
                           capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"} | environ)
 
 
-@pytest.mark.parametrize("module", [pysrc, text, fineweb, c4])
+@pytest.mark.parametrize("module", [pysrc, text, fineweb, shakespeare])
 def test_help_shows_the_docstring_and_the_defaults(tmp_path, module):
     done = run(module.__name__.split(".")[1], "--help", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr
@@ -623,8 +545,9 @@ def test_help_shows_the_docstring_and_the_defaults(tmp_path, module):
     ("text", [".", "--out", "circle"], "circle: File exists"),
     ("fineweb", ["--shards", "9" * 400], "1 to 103"),
     ("fineweb", ["--shards", "104"], "1 to 103"),
-    ("c4", ["--shards", "x"], "--shards"),
-    ("c4", ["--shards", "0"], "1 to 1024"),
+    ("fineweb", ["--shards", "x"], "--shards"),
+    ("fineweb", ["--shards", "0"], "1 to 103"),
+    ("shakespeare", ["--from", "file"], "not tiny Shakespeare"),
     ("text", [".", "--glob", ""], "--glob"),
     ("text", [".", "--glob", "/etc/*"], "--glob"),
 ])

@@ -4,15 +4,16 @@ Whole shards are kept: the same command goes on with the first that is missing. 
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # Python has put this folder on the path, not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import Parser
-from data.corpus import command_line, download, home
-from data.tokens import HERE, DataError
+from configurator import ConfigError, Parser
+from data.corpus import command_line, finish, home
+from data.tokens import HERE, DataError, GPT2Tokenizer, open_tokens
 
 REPO = "kjj0/fineweb10B-gpt2"
 
@@ -21,8 +22,27 @@ def prepare(shards=8, out=HERE / "fineweb"):
     """Downloads the validation shard and the first training shards. Raises DataError."""
     if not 1 <= shards <= 103:
         raise DataError(f"--shards {shards}: there are 103 training shards; ask for 1 to 103")
-    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
-    download(REPO, {name: name for name in names}, out, os.replace)
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise DataError("huggingface_hub is not installed; run: pip install huggingface_hub") from None
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]:
+        try:
+            open_tokens(out / name)
+            continue
+        except ConfigError:  # missing, or not whole
+            pass
+        try:
+            downloaded = hf_hub_download(REPO, name, repo_type="dataset", local_dir=out / "download.part")
+        except Exception as error:  # of the network, the server, the storage, the disk: they share no class
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise DataError(f"{REPO}, {name}: not downloaded ({reason}); check the network and the disk, then run "
+                            "the same command again") from None
+        os.replace(downloaded, out / name)
+        open_tokens(out / name)  # refuses a damaged one
+    shutil.rmtree(out / "download.part", ignore_errors=True)
+    finish(out, GPT2Tokenizer)
 
 
 if __name__ == "__main__":
