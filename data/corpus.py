@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import ConfigError, open_file, streams, unheard
+from configurator import ConfigError, open_file, streams
 from data.tokens import UNFINISHED, BinWriter, DataError, load_tokenizer, write_meta
 
 
@@ -91,7 +91,7 @@ def write_corpus(files, out, tokenizer, unit=str):
     # Names are bytes, and the characters that stand for them depend on the locale.
     files, tok = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    skipped, notes = 0, {}
+    skipped = 0
     encoded = in_threads(lambda file: encode_file(file[1], tok), files)
     with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:
         for (key, _), tokens in tqdm(zip(files, encoded), out.name, len(files), unit="file", disable=None):
@@ -106,12 +106,12 @@ def write_corpus(files, out, tokenizer, unit=str):
             train.write(val.cut(val.count))
         if not val.count:
             val.write(train.cut(max(1, train.count // 20)))
-            notes["split"] = "too few files to split by file, so val is the last 5% of the tokens"
+            print("split: too few files to split by file, so val is the last 5% of the tokens")
         train.flush()
         val.flush()
         begin(out)
-    notes["files"] = f"{len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)"
-    finish(out, tok, notes)
+    print(f"files: {len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)")
+    finish(out, tok)
 
 
 def begin(out):
@@ -120,17 +120,10 @@ def begin(out):
     (out / "meta.json").unlink(missing_ok=True)
 
 
-def finish(out, tokenizer, notes={}):
-    """Writes meta.json, then prints the notes and what the folder holds: nothing is lost where nobody can read it."""
-    meta = write_meta(out, tokenizer)
-    try:
-        for key, value in (notes | meta | {"folder": out}).items():
-            print(f"{key}: {value}")
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        unheard()
-        raise DataError(f"stdout: {error.strerror}; but {out} is complete") from None
+def finish(out, tokenizer):
+    """Writes meta.json and prints what the folder holds."""
+    for key, value in (write_meta(out, tokenizer) | {"folder": out}).items():
+        print(f"{key}: {value}")
 
 
 def home(path):
@@ -146,8 +139,6 @@ def command_line(prepare, parser):
         prepare(**arguments)
     except ConfigError as error:
         parser.exit(2, f"{error}\n")
-    except BrokenPipeError:  # `| head`: the corpus is complete, because printing comes last
-        unheard()
     except OSError as error:  # a full disk, a folder that cannot be written
         where = error.filename or arguments["out"] or parser.prog
         parser.exit(2, f"{where}: {error.strerror or error}; make room or name another --out\n")

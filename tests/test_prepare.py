@@ -569,9 +569,8 @@ def test_text_says_what_it_did(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("stdout, code, said", [
-    ("/dev/full", 2, "stdout: No space left on device; but out is complete\n"), (None, 0, "")])
-def test_a_stdout_that_fails_loses_nothing(tmp_path, stdout, code, said):
+@pytest.mark.parametrize("stdout, said", [("/dev/full", "what it prints is lost: No space left on device"), (None, "")])
+def test_a_stdout_that_fails_loses_nothing(tmp_path, stdout, said):
     """A full disk behind it, and a pipe that nobody reads, as after `| head -1`."""
     tree(tmp_path / "in", {"a.txt": "text" * 100})
     reader, writer = os.pipe()
@@ -579,7 +578,7 @@ def test_a_stdout_that_fails_loses_nothing(tmp_path, stdout, code, said):
     command = [sys.executable, HERE / "text/prepare.py", "in", "--out", "out"]
     with open(stdout or writer, "w") as out:
         done = subprocess.run(command, cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr.lstrip()) == (code, said)
+    assert done.returncode == 0 and said in done.stderr and "make room" not in done.stderr
     assert Tokens(tmp_path / "out", "train", 8, 256).tokenizer == "bytes"
 
 
