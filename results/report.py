@@ -71,7 +71,8 @@ def statements(folder, paper):
             pairs = [(name, a["reference"]) for name, a in lab.items() if a["reference"]] or pairs
         for name, reference in pairs:
             if name in planned:
-                words = frozenset((planned[x].words, planned[x].steps, suite in SIZES) for x in (name, reference))
+                words = frozenset((planned[x].words, planned[x].rate, planned[x].steps, suite if suite in SIZES else "")
+                                  for x in (name, reference))
                 if words in seen:
                     continue
                 seen.add(words)
