@@ -39,29 +39,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_type_hints
 
-from configurator import ConfigError, Count, check, configure, help_text, read_json, refuse, streams
+from configurator import ConfigError, configure, help_text, read_json, refuse, streams
 from settings import Settings, batch_plan, gpt_config
-from suites import SIZES, SUITES, Arm
+from suites import SIZES, SUITES, Arm, Options, named_arms, parse, readable
 
 HERE = Path(__file__).resolve().parent
 CELLS = Path("out/ablate/cells")
-
-
-@dataclass
-class Options:
-    lrs: str = ""  # peak learning rates, with commas; empty is train.py's one, and one is not tuned
-    tune: Literal["each", "reference"] = "each"  # whose rate is tuned: every arm's, or the reference's for all its arms
-    tune_seeds: str = "101,102,103"  # seeds on which rates are tuned
-    seeds: str = "1,2,3"  # seeds that are reported; the arms share them, and with them the order of the data
-    jobs: Count = 1  # cells that run at the same time, each with its share of the threads, or GPUs
-    nproc: Count = 1  # processes of each cell; more than 1 is torchrun
-    out: str = ""  # folder of the results; empty is out/ablate/ and the suite's name
-    sizes: str = ""  # of figure6 and figure7: config files, or k for k layers, k heads and a width of 32 k; with commas
-    tokens_per_param: Count = 20  # of each size, by the baseline's active parameters; 2@100 gives one size its own
-    dry_run: bool = False  # list the cells and what is left to run, run nothing
-
 
 if __name__ == "__main__":  # before torch is loaded
     streams()
@@ -84,75 +68,10 @@ from stats import read_csv, report_text  # noqa: E402
 # from words to arms, from arms to cells
 
 
-def readable(text):
-    """A path or a command line as UTF-8; what is not UTF-8 in the name of a file is replaced."""
-    return os.fsencode(text).decode("utf-8", "replace")
-
-
-def numbers(text, kind, name):
-    """'1,2,3' as [1, 2, 3] of `kind`, each once, in order. Raises ConfigError."""
-    try:
-        values = sorted({kind(word) for word in text.split(",")})
-    except ValueError:
-        raise ConfigError(f"--{name} takes numbers with commas between them, not {text!r}") from None
-    hints = get_type_hints(Settings, include_extras=True)
-    return [check(name, value, hints["lr" if kind is float else "seed"]) for value in values]
-
-
-def parse(args):
-    """Return (suite, options, base): base is the files and flags that hold for every cell. Raises ConfigError."""
-    if not args or args[0].startswith("-"):
-        raise ConfigError(f"name a suite first ({', '.join(SUITES)}), or strategy files with commas between them")
-    own, base = [], []
-    for arg in args[1:]:
-        name = arg[2:].partition("=")[0] if arg.startswith("--") else ""
-        if name in ("seed", "lr", "out_dir", "resume", "overwrite", "stop_at"):
-            raise ConfigError(f"{arg}: ablate.py sets {name} for each cell; it takes --seeds, --lrs and --out")
-        (own if name in get_type_hints(Options) else base).append(arg)
-    opt, _ = configure(Options, own)
-    opt.lrs = numbers(opt.lrs, float, "lrs") if opt.lrs else []
-    opt.seeds, opt.tune_seeds = numbers(opt.seeds, int, "seeds"), numbers(opt.tune_seeds, int, "tune_seeds")
-    if len(opt.lrs) == 2:
-        raise ConfigError("--lrs takes one rate, or three and more: of two, the best is always at the end of the grid")
-    if opt.lrs[1:] and set(opt.seeds) & set(opt.tune_seeds):
-        raise ConfigError("--seeds and --tune_seeds share a seed: the rate chosen on it looks better there than it is")
-    if opt.sizes and args[0] not in SIZES:
-        raise ConfigError(f"--sizes is for {' and '.join(SIZES)}")
-    opt.sizes = (opt.sizes or SIZES.get(args[0], "")).split(",")
-    return args[0], opt, base
-
-
-def suite_arms(suite, opt, base):
-    """The Arms of a suite, their words a list of arguments for train.py. Raises ConfigError for an unknown one."""
-    if suite.endswith(".py"):
-        files = suite.split(",")
-        names = [readable(Path(f).stem) for f in files]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"{suite}: each strategy file once, and of different names")
-        return [Arm(n, base + [f], names[0] if n != names[0] else None) for n, f in zip(names, files)]
-    if suite not in SUITES:
-        raise ConfigError(f"there is no suite {suite!r}; there are {', '.join(SUITES)}, or name strategy files (.py)")
-    file = lambda word: word if word.startswith("--") else str(HERE / "config" / f"{word}.py")
-    arms = [arm._replace(words=base + [file(word) for word in arm.words.split()]) for arm in SUITES[suite]]
-    return [a for size in opt.sizes for a in at_size(size, arms, opt, suite == "figure7")] if suite in SIZES else arms
-
-
-def check_flags(arms, base):
-    """Refuse a flag of `base` that the words of an arm, which come after it, set otherwise. Raises ConfigError."""
-    told, _ = configure(Settings, base)
-    flags = {arg[2:].partition("=")[0] for arg in base if arg.startswith("--")} - {"warmup_steps"}  # at_size cuts it
-    for arm in arms:
-        own, _ = configure(Settings, arm.words)
-        for name in sorted(flags):
-            if getattr(own, name) != getattr(told, name):
-                raise ConfigError(f"--{name}={getattr(told, name)} cannot hold for every cell: {arm.name} has {name} "
-                                  f"{getattr(own, name)!r}. Compare strategy files of your own")
-
-
-def at_size(size, arms, opt, mixture):
+def at_size(size, arms, opt, suite):
     """
-    The arms at one of --sizes, for as many steps as its tokens per active parameter of the first make. A mixture has
-    the paper's experts: 32 of int(2d/3), 4 per token, beside one of int(8d/3) that is shared. Raises ConfigError.
+    The arms at one of --sizes, for as many steps as its tokens per active parameter of the first make. figure7 has the
+    paper's mixture: 32 experts of int(2d/3), 4 per token, beside one of int(8d/3) that is shared. Raises ConfigError.
     """
     shape, own, budget = size.partition("@")
     if own and not budget.isdecimal():
@@ -161,14 +80,17 @@ def at_size(size, arms, opt, mixture):
     if shape.isdecimal() and 0 < len(shape) < 4:
         width = 32 * int(shape)
         label, words = f"{shape}x{width}", [f"--n_layer={shape}", f"--n_head={shape}", f"--n_embd={width}"]
-        words += mixture * ["--n_experts=32", "--experts_per_token=4", f"--expert_dim={2 * width // 3}",
+        words += (suite == "figure7") * ["--n_experts=32", "--experts_per_token=4", f"--expert_dim={2 * width // 3}",
                             f"--shared_dim={8 * width // 3}"]
-    s = settings_of(words + arms[0].words)
+    s = settings_of(arms[0].words + words)
     tokens = int(budget or opt.tokens_per_param) * meta_model(s).counts()["active_params"]
     steps = max(1, round(tokens / s.batch_tokens))
-    length = [f"--max_steps={steps}", f"--warmup_steps={min(s.warmup_steps, steps // 10)}"]
+    words += [f"--max_steps={steps}", f"--warmup_steps={min(s.warmup_steps, steps // 10)}"]
+    flags = [{word.partition("=")[0] for word in some if word[:2] == "--"} for some in (arms[0].words, words)]
+    if clash := flags[0] & flags[1] - {"--warmup_steps"}:
+        raise ConfigError(f"{suite} sets {' and '.join(sorted(clash))} for each of its sizes; leave that out")
     at = f"at {label}" + (f", {budget} tokens per parameter" if own else "")  # stats.py fits those without a comma
-    return [Arm(f"{a.name} {at}", words + a.words + length, a.reference and f"{a.reference} {at}") for a in arms]
+    return [Arm(f"{a.name} {at}", a.words + words, a.reference and f"{a.reference} {at}") for a in arms]
 
 
 def meta_model(s):
@@ -346,15 +268,16 @@ class Suite:
     def __init__(self, args):
         suite, self.opt, base = parse(args)
         self.code = code_hash()
-        self.named = suite_arms(suite, self.opt, base)
-        check_flags(self.named, base)
+        self.named = named_arms(suite, base)
+        if suite in SIZES:
+            self.named = [arm for size in self.opt.sizes for arm in at_size(size, self.named, self.opt, suite)]
         self.arms = make_arms(self.named, self.opt, self.code)
         self.name = suite if suite in SUITES else "-".join(self.arms)
         self.command = readable(shlex.join(["python", "ablate.py", *args]))
         self.out = Path(self.opt.out or f"out/ablate/{self.name}").expanduser()
         rows = read_csv(self.out / "results.csv")
         if rows and list(rows[0]) != COLUMNS:
-            raise ConfigError(f"{self.out}/results.csv has other columns than this ablate.py writes; name another --out")
+            raise ConfigError(f"{self.out}/results.csv has other columns than ablate.py writes; name another --out")
         self.known = {row["cell"]: row for row in rows}
 
     def loss(self, cell):
@@ -380,10 +303,10 @@ class Suite:
         cells, _, bad = plan(self.arms, self.opt, self.loss)
         logs = {"curves": ("log.csv", ["step", "tokens", "val_loss"], 40),
                 "scales": ("scales.csv", ["step", "name", "mean", "std", "norm", "cosine"], 12)}
-        old = {log: defaultdict(list) for log in logs}
+        old = defaultdict(list)
         for log in logs:
             for row in read_csv(self.out / f"{log}.csv"):
-                old[log][row["cell"]].append(row)
+                old[log, row["cell"]].append(row)
         references, rows, found = {arm.name: arm.reference or "" for arm in self.named}, [], {log: {} for log in logs}
         for (arm, _, seed), cell in cells.items():
             name, finished = cell.folder.name, val_loss(cell) is not None
@@ -394,7 +317,7 @@ class Suite:
             rows.append({**dict(zip(COLUMNS, own)), **rest})
             for log, (file, columns, n) in logs.items() if own[3] == "report" else ():
                 if log == "curves" or seed == self.opt.seeds[0]:
-                    found[log][name] = evaluations(cell, file, columns, n) if finished else old[log][name]
+                    found[log][name] = evaluations(cell, file, columns, n) if finished else old[log, name]
         self.out.mkdir(parents=True, exist_ok=True)
         write_csv(self.out / "results.csv", rows)
         for log, groups in found.items():

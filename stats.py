@@ -183,7 +183,7 @@ def scaling_fits(arms):
             mean, half = mean_and_half_width([math.log(compute_ratio(first[s], by_seed[name][s], compute.max()))
                                               for s in both])
             ratio = tuple(math.exp(x) for x in (mean, mean - half, mean + half))
-            text += "; at the largest C the reference needs {:.3f} times the compute (95%: {:.3f} … {:.3f})".format(*ratio)
+            text += "; the reference needs {:.3f} times the largest C (95%: {:.3f} … {:.3f})".format(*ratio)
         fits[name] = {"members": members, "fit": (a, b), "exponent": exponent, "ratio": ratio, "text": text}
     return fits
 
@@ -214,8 +214,8 @@ def results_table(arms):
             if a["p"] is not None:
                 interval = f"{a['delta'] - a['half']:+.4f} … {a['delta'] + a['half']:+.4f}"
                 p, sees = f"{a['p']:.2g}", f"±{a['sees']:.4f}"
-        rows.append([escaped(name), escaped(a["reference"]), f"{a['lr']:g}", f"{a['mean']:.4f}", difference, interval, p, verdict, sees,
-                     str(len(a["losses"])), added, f"{a['tokens']:,.0f}"])
+        rows.append([escaped(name), escaped(a["reference"]), f"{a['lr']:g}", f"{a['mean']:.4f}", difference, interval,
+                     p, verdict, sees, str(len(a["losses"])), added, f"{a['tokens']:,.0f}"])
     return markdown_table(["arm", "reference", "lr", "val loss", "difference", "interval", "p", "verdict",
                            "detectable", "seeds", "parameters added", "tokens"], rows)
 
@@ -229,8 +229,8 @@ def tuning_table(rows):
     for arm, by_rate in losses.items():
         means = {lr: statistics.mean(by_rate[lr]) for lr in by_rate}
         best = min(means, key=means.get)
-        lines.append([escaped(arm), *(f"**{means[lr]:.4f}**" if lr == best else f"{means[lr]:.4f}" if lr in means else ""
-                             for lr in grid)])
+        cells = {lr: f"**{mean:.4f}**" if lr == best else f"{mean:.4f}" for lr, mean in means.items()}
+        lines.append([escaped(arm), *(cells.get(lr, "") for lr in grid)])
     return markdown_table(["arm", *(f"{lr:g}" for lr in grid)], lines)
 
 
@@ -247,11 +247,11 @@ def report_text(rows, command, bad):
     if tests:
         lines.append(
             f"Difference: an arm's validation loss (nats) minus its reference's, {tuned}"
-            f"{f' on seeds that are not reported ({seeds})' * bool(tuning)}, in pairs with the same seed and data order. "
-            f"p: paired t test, corrected by Holm for the suite's {tests} comparison{'s' * (tests > 1)}; below {LEVEL} an "
-            "arm is better or worse. Interval: Student's t over the pairs, at the level at which Holm's procedure tests "
-            "that arm, so it excludes 0 exactly where the verdict is better or worse. Detectable: the true difference "
-            f"that would be found with probability {POWER} at level {LEVEL} / {tests}.")
+            f"{f' on seeds that are not reported ({seeds})' * bool(tuning)}, in pairs with the same seed and data "
+            f"order. p: paired t test, corrected by Holm for the suite's {tests} comparison{'s' * (tests > 1)}; below "
+            f"{LEVEL} an arm is better or worse. Interval: Student's t over the pairs, at the level at which Holm's "
+            "procedure tests that arm, so it excludes 0 exactly where the verdict is better or worse. Detectable: the "
+            f"true difference that would be found with probability {POWER} at level {LEVEL} / {tests}.")
     if tuning:
         lines += ["", "Tuning: mean loss over the tuning seeds, the best in bold.", "", *tuning_table(tuning)]
     lines.append("")
@@ -261,7 +261,8 @@ def report_text(rows, command, bad):
         lines.append(f"- Not tuned: {escaped(name)}: {why}.")
     for name in dict.fromkeys(row["arm"] for row in rows if row["use"] == "report" and row["arm"] not in arms):
         lines.append(f"- Left out: {escaped(name)} diverged.")
-    if diverged := [f"{escaped(r['arm'])} at lr {r['lr']}, seed {r['seed']}" for r in rows if float(r["val_loss"]) == math.inf]:
+    if diverged := [f"{escaped(r['arm'])} at lr {r['lr']}, seed {r['seed']}" for r in rows
+                    if float(r["val_loss"]) == math.inf]:
         lines.append(f"- Diverged: {'; '.join(diverged)}.")
     lines.append(f"- Command: `{command}`")
     lines.append(f"- Hours of processes: {sum(float(row['seconds']) for row in rows) / 3600:.1f}")

@@ -1,8 +1,17 @@
 """
-The suites of ablate.py: which arms there are, and which arm each is compared with. Knows none of the other files.
+The suites of ablate.py: which arms there are, which arm each is compared with, and the command line that asks for them.
+Knows configurator.py and settings.py.
 """
 
-from typing import NamedTuple
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_type_hints
+
+from configurator import ConfigError, Count, check, configure
+from settings import Settings
+
+CONFIGS = Path(__file__).resolve().parent / "config"
 
 
 class Arm(NamedTuple):
@@ -64,3 +73,78 @@ SUITES = {  # figure1 to figure10 are the paper's; the others are ours
                                       ("unified", "unified", "baseline"))],
 }
 SIZES = {"figure6": "1,2,3,4,1@100,2@100", "figure7": "1,2,3"}  # without --sizes
+
+
+@dataclass
+class Options:
+    lrs: str = ""  # peak learning rates, with commas; empty is train.py's one, and one is not tuned
+    tune: Literal["each", "reference"] = "each"  # whose rate is tuned: every arm's, or the reference's for all its arms
+    tune_seeds: str = "101,102,103"  # seeds on which rates are tuned
+    seeds: str = "1,2,3"  # seeds that are reported; the arms share them, and with them the order of the data
+    jobs: Count = 1  # cells that run at the same time, each with its share of the threads, or GPUs
+    nproc: Count = 1  # processes of each cell; more than 1 is torchrun
+    out: str = ""  # folder of the results; empty is out/ablate/ and the suite's name
+    sizes: str = ""  # of figure6 and figure7: config files, or k for k layers, k heads and a width of 32 k; with commas
+    tokens_per_param: Count = 20  # of each size, by the baseline's active parameters; 2@100 gives one size its own
+    dry_run: bool = False  # list the cells and what is left to run, run nothing
+
+
+def readable(text):
+    """A path or a command line as UTF-8; what is not UTF-8 in the name of a file is replaced."""
+    return os.fsencode(text).decode("utf-8", "replace")
+
+
+def numbers(text, kind, name):
+    """'1,2,3' as [1, 2, 3] of `kind`, each once, in order. Raises ConfigError."""
+    try:
+        values = sorted({kind(word) for word in text.split(",")})
+    except ValueError:
+        raise ConfigError(f"--{name} takes numbers with commas between them, not {text!r}") from None
+    hints = get_type_hints(Settings, include_extras=True)
+    return [check(name, value, hints["lr" if kind is float else "seed"]) for value in values]
+
+
+def parse(args):
+    """Return (suite, options, base): base is the files and flags that hold for every cell. Raises ConfigError."""
+    if not args or args[0].startswith("-"):
+        raise ConfigError(f"name a suite first ({', '.join(SUITES)}), or strategy files with commas between them")
+    own, base = [], []
+    for arg in args[1:]:
+        name = arg[2:].partition("=")[0] if arg.startswith("--") else ""
+        if name in ("seed", "lr", "out_dir", "resume", "overwrite", "stop_at"):
+            raise ConfigError(f"{arg}: ablate.py sets {name} for each cell; it takes --seeds, --lrs and --out")
+        (own if name in get_type_hints(Options) else base).append(arg)
+    opt, _ = configure(Options, own)
+    opt.lrs = numbers(opt.lrs, float, "lrs") if opt.lrs else []
+    opt.seeds, opt.tune_seeds = numbers(opt.seeds, int, "seeds"), numbers(opt.tune_seeds, int, "tune_seeds")
+    if len(opt.lrs) == 2:
+        raise ConfigError("--lrs takes one rate, or three and more: of two, the best is always at the end of the grid")
+    if opt.lrs[1:] and set(opt.seeds) & set(opt.tune_seeds):
+        raise ConfigError("--seeds and --tune_seeds share a seed: the rate chosen on it looks better there than it is")
+    if opt.sizes and args[0] not in SIZES:
+        raise ConfigError(f"--sizes is for {' and '.join(SIZES)}")
+    opt.sizes = (opt.sizes or SIZES.get(args[0], "")).split(",")
+    return args[0], opt, base
+
+
+def named_arms(suite, base):
+    """The Arms of a suite, at one size; their words are a list of train.py's arguments. Raises ConfigError."""
+    if suite.endswith(".py"):
+        files = suite.split(",")
+        names = [readable(Path(f).stem) for f in files]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{suite}: each strategy file once, and of different names")
+        return [Arm(n, base + [f], names[0] if n != names[0] else None) for n, f in zip(names, files)]
+    if suite not in SUITES:
+        raise ConfigError(f"there is no suite {suite!r}; there are {', '.join(SUITES)}, or name strategy files (.py)")
+    file = lambda word: word if word.startswith("--") else str(CONFIGS / f"{word}.py")
+    arms = [arm._replace(words=base + [file(word) for word in arm.words.split()]) for arm in SUITES[suite]]
+    told, _ = configure(Settings, base)
+    flags = {arg[2:].partition("=")[0] for arg in base if arg.startswith("--")}
+    for arm in arms:  # whose words come after those of base
+        own, _ = configure(Settings, arm.words)
+        for name in sorted(flags):
+            if getattr(own, name) != getattr(told, name):
+                raise ConfigError(f"--{name}={getattr(told, name)} cannot hold for every cell: {arm.name} has {name} "
+                                  f"{getattr(own, name)!r}. Compare strategy files of your own")
+    return arms
