@@ -320,7 +320,7 @@ def test_ctrl_c_stops_the_cells_and_the_same_command_continues(fake, tmp_path, c
     with pytest.raises(ConfigError, match="another ablate.py is at work here .*: wait for it"):
         ablate.main(args)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 130 and "the same command continues:\n  python ablate.py" in error
     assert [row["seed"] for row in table("out/ablate/unified")] == ["1"] and list(ablate.CELLS.glob("*/ckpt.pt"))
     assert ablate.main(args) == 0 and [row["seed"] for row in table("out/ablate/unified")] == ["1", "77", "78"]
@@ -361,7 +361,7 @@ def test_the_real_train_py_stopped_and_continued_gives_the_same_table(tiny):
     process = subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *args])
     until(lambda: any(len(ablate.read_csv(log)) > 3 for log in ablate.CELLS.glob("*/log.csv")), process)
     process.terminate()
-    assert process.wait(60) == 143 and list(ablate.CELLS.glob("*/ckpt.pt"))
+    assert process.wait(300) == 143 and list(ablate.CELLS.glob("*/ckpt.pt"))
     assert ablate.main(args) == 0
     assert len(json.loads(next(ablate.CELLS.glob("*/config.json")).read_text())["resumed"]) == 1
     names = ("results", "curves", "scales")
