@@ -12,12 +12,13 @@ Knows none of the other files.
 
 import argparse
 import difflib
-import inspect
 import json
 import os
 import sys
 from ast import literal_eval
 from dataclasses import fields
+from inspect import getsource, ismodule
+from stat import S_ISREG
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 
@@ -29,10 +30,11 @@ class ConfigError(ValueError):
 
 
 # Ranges are part of a field's type: Annotated[type, lowest, highest].
-Count = Annotated[int, 1, None]
-Whole = Annotated[int, 0, None]
+Count = Annotated[int, 1, 2**31 - 1]  # what int32 holds, in a file's header and in a kernel
+Whole = Annotated[int, 0, 2**31 - 1]
 Amount = Annotated[float, 0.0, None]
 Fraction = Annotated[float, 0.0, 1.0]
+LARGEST = 3.4e38  # of a float32, which most settings end up in
 
 
 def check(name, value, hint):
@@ -52,11 +54,11 @@ def check(name, value, hint):
     if get_origin(hint) is Annotated:
         hint, lowest, highest = get_args(hint)
     if hint is float and type(value) is int:
-        value = float(value)
+        value = float(max(min(value, 2**200), -2**200))
     if type(value) is not hint:
         raise ConfigError(f"{name} must be {_article(hint)}, not {value!r}")
-    if hint is float and not abs(value) < float("inf"):
-        raise ConfigError(f"{name} must be a finite number, not {value!r}")
+    if hint is float and not abs(value) < LARGEST:
+        raise ConfigError(f"{name} must be a number below {LARGEST:g}, not {value!r}")
     if hint is str and "\0" in value:
         raise ConfigError(f"{name} must not hold a zero byte")
     if (lowest is not None and value < lowest) or (highest is not None and value > highest):
@@ -78,25 +80,19 @@ def _known(name, hints, where):
 
 def read_file(path, hints):
     """
-    Run a config file and return its assignments as a dict; names that begin with an underscore are its own.
+    Run a config file and return its assignments as a dict, without modules and names that begin with an underscore.
 
     Raises ConfigError for a file that is not there, cannot run, or sets what is not a setting.
     """
-    if os.path.exists(path):
-        open_file(path).close()  # or says why it is not to be read
-    try:
-        with open(path, encoding="utf-8") as f:
-            code = compile(f.read(), path, "exec")
-        namespace = {}
-        exec(code, namespace)
-    except FileNotFoundError:
-        folder = os.path.dirname(path) or "."
-        there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(os.path.basename(path), there, n=1)
+    folder, name = os.path.split(path)
+    if os.access(folder or ".", os.R_OK | os.X_OK) and not os.path.lexists(path):
+        near = difflib.get_close_matches(name, sorted(os.listdir(folder or ".")), n=1)
         hint = f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
-        raise ConfigError(f"{path}: there is no such config file.{hint}") from None
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
+        raise ConfigError(f"{path}: there is no such config file.{hint}")
+    with open_file(path) as f:
+        source, namespace = f.read(), {}  # bytes, which may begin with a mark or name their encoding
+    try:
+        exec(compile(source, path, "exec"), namespace)
     except (Exception, SystemExit) as e:  # whatever the file's own code does wrong is the file's mistake
         line = getattr(e, "lineno", None)
         trace = e.__traceback__
@@ -105,7 +101,7 @@ def read_file(path, hints):
             trace = trace.tb_next
         where = f"{path}:{line}" if line else path
         raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
-    values = {name: value for name, value in namespace.items() if not name.startswith("_")}
+    values = {name: value for name, value in namespace.items() if not name.startswith("_") and not ismodule(value)}
     for name in values:
         _known(name, hints, path)
     return check_all(values, hints, path)
@@ -120,11 +116,13 @@ def check_all(values, hints, where):
 
 
 def open_file(path):
-    """Open a file to read its bytes. Raises ConfigError for what is none: a FIFO would wait, a device never end."""
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path}: not a regular file" if os.path.exists(path) else f"{path}: there is no such file")
+    """Open a file to read its bytes. Raises ConfigError, also for what would wait or never end: a FIFO, a device."""
     try:
+        if not S_ISREG(os.stat(path).st_mode):
+            raise ConfigError(f"{path}: not a regular file")
         return open(path, "rb")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
 
@@ -186,7 +184,7 @@ def help_text(settings_class):
     """The lines of settings_class's body and of its bases': each setting with default, choices and comment."""
     hints = get_type_hints(settings_class, include_extras=True)
     comments = {}
-    sources = [inspect.getsource(c) for c in reversed(settings_class.__mro__[:-1])]
+    sources = [getsource(c) for c in reversed(settings_class.__mro__[:-1])]
     for line in "".join(sources).splitlines():
         name, colon, rest = line.strip().partition(":")
         if colon and name in hints:

@@ -1,5 +1,7 @@
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,20 @@ def settings(corpus, tmp_path):
                      sample_tokens=0, device="cpu", dataset=str(corpus), out_dir=str(tmp_path / "run"))
         return Settings(**{**small, **kw})
     return make
+
+
+@pytest.fixture
+def nobody():
+    """A folder for anyone; while the test runs, this process is not root's, to whom no folder is closed."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    root = os.geteuid() == 0
+    if root:
+        os.setresuid(65534, 65534, 0)
+    yield folder
+    if root:
+        os.setresuid(0, 0, 0)
+    shutil.rmtree(folder)
 
 
 def snapshot(folder):

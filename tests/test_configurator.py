@@ -44,11 +44,15 @@ def test_flags(flag, name, value):
     ("--zzz=7", "--help lists them all"),
     ("--layers=7.0", "layers must be an int, not 7.0"),
     ("--layers=True", "layers must be an int, not True"),
-    ("--layers=0", "layers must be at least 1, not 0"),
-    ("--warmup=-1", "warmup must be at least 0"),
+    ("--layers=0", "layers must be between 1 and 2147483647, not 0"),
+    ("--rate=-1", "rate must be at least 0.0, not -1.0"),
     ("--rate=fast", "rate must be a float, not 'fast'"),
     ("--rate=nan", "rate must be a float, not 'nan'"),
-    ("--rate=1e999", "rate must be a finite number"),
+    ("--rate=1e999", "rate must be a number below 3.4e+38"),
+    ("--rate=1e39", "rate must be a number below 3.4e+38"),  # infinite in float32
+    ("--rate=-1" + 400 * "0", "rate must be a number below 3.4e+38"),
+    (f"--layers={2**31}", "layers must be between 1 and 2147483647"),
+    (f"--warmup={2**63}", "warmup must be between 0 and 2147483647"),
     ("--share=1.5", "share must be between 0.0 and 1.0, not 1.5"),
     ("--tie=1", "tie must be True or False, not 1"),
     ("--tie=true", "tie must be True or False, not 'true'"),
@@ -75,7 +79,7 @@ def test_files_and_flags_apply_left_to_right(tmp_path):
 @pytest.mark.parametrize("text,message", [
     ("layer = 3", "there is no setting 'layer'. Did you mean 'layers'?"),
     ("layers = '3'", "layers must be an int, not '3'"),
-    ("import math", "there is no setting 'math'"),
+    ("from math import pi", "there is no setting 'pi'"),
     ("layers = (", ":1: SyntaxError"),
     ("\nlayers = nothing", ":2: NameError"),
     ("raise SystemExit(0)", ":1: SystemExit"),
@@ -86,6 +90,15 @@ def test_mistakes_in_files(tmp_path, text, message):
     with pytest.raises(ConfigError) as e:
         read(str(file))
     assert message in str(e.value) and str(file) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content", [
+    b"import time, math\nlayers = 3; rate = float(math.floor(2.5))",  # as nanoGPT's config files do
+    b"\xef\xbb\xbflayers = 3; rate = 2.0", b"# coding: latin-1\nlayers = 3; rate = 2.0  # \xe9"])
+def test_config_files_are_python(tmp_path, content):
+    file = tmp_path / "a.py"
+    file.write_bytes(content)
+    assert (read(str(file)).layers, read(str(file)).rate) == (3, 2.0)
 
 
 def test_a_file_that_is_not_there_and_one_that_is_no_text(tmp_path):
@@ -128,6 +141,17 @@ def test_only_regular_files_are_opened(tmp_path, opened):
             opened(path)
     with pytest.raises(ConfigError, match="no such (config )?file"):
         opened(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("opened", [open_file, lambda path: read(str(path))], ids=["file", "config"])
+def test_a_file_that_cannot_be_reached_says_why(nobody, opened):
+    (nobody / "a").symlink_to(nobody / "b")
+    (nobody / "b").symlink_to(nobody / "a")
+    (nobody / "closed").mkdir(mode=0)
+    with pytest.raises(ConfigError, match="a: cannot be read: Too many levels"):
+        opened(nobody / "a")
+    with pytest.raises(ConfigError, match="file: cannot be read: Permission denied"):
+        opened(nobody / "closed" / "file")
 
 
 def train(*args):

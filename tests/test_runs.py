@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import types
 from pathlib import Path
 
@@ -101,20 +99,6 @@ def test_a_link_is_followed(settings, tmp_path):
 
 
 # folders that cannot be
-
-@pytest.fixture
-def nobody(tmp_path_factory):
-    """A folder, and a process that is not root while the test runs."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o777)
-    root = os.geteuid() == 0
-    if root:
-        os.setresuid(65534, 65534, 0)
-    yield folder
-    if root:
-        os.setresuid(0, 0, 0)
-    shutil.rmtree(folder)
-
 
 def test_links_in_a_circle_are_no_folder(settings, tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "b")
