@@ -40,6 +40,9 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from configurator import ConfigError, configure, help_text, read_json, refuse, streams
 from settings import Settings, batch_plan, gpt_config
 from suites import SIZES, SUITES, Arm, Options, named_arms, parse, readable
@@ -50,7 +53,7 @@ CELLS = Path("out/ablate/cells")
 if __name__ == "__main__":  # before torch is loaded
     streams()
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(f"{__doc__.strip()}\n\nsuites:")
+        print(f"{(__doc__ or '').strip()}\n\nsuites:")
         print("\n".join(f"  {suite:<10} {'; '.join(arm.name for arm in arms)}" for suite, arms in SUITES.items()))
         print("\noptions, with their defaults:\n" + help_text(Options))
         sys.exit(0)

@@ -38,6 +38,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 import kernels
 import model as model_module
 import moe

@@ -19,6 +19,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from configurator import ConfigError, Parser, refuse, streams
 
 # all that a folder of ours can hold: --overwrite replaces nothing else

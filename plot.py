@@ -25,6 +25,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from configurator import ConfigError, refuse, streams
 from stats import PF_DAY, mean_and_half_width, read_csv, scaling_fits, summarise
 
@@ -315,7 +318,7 @@ def plot_runs(folders, out):
 
 def main(args):
     if not args or {"--help", "-h"} & set(args):
-        print(__doc__.strip())
+        print((__doc__ or '').strip())
         return
     flags, folders = {}, []
     for arg in args:

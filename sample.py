@@ -14,6 +14,9 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from configurator import ConfigError, Parser, open_file, refuse, streams, unheard
 
 

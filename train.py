@@ -9,6 +9,12 @@ Config files and --key=value flags apply from left to right. --resume=auto start
 stopped; --overwrite=True starts over. The loop is in train(), after what sets it up and before what reports on it.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from configurator import ConfigError, from_command_line, read_json, refuse, unheard
 from settings import FREE_ON_RESUME, Settings, batch_plan, gpt_config
 
@@ -22,11 +28,9 @@ import math
 import os
 import shlex
 import signal
-import sys
 import time
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
