@@ -126,6 +126,18 @@ def _tile(n, per_thread):
     return max(1, 128 * per_thread // columns), columns, warps
 
 
+# rms_norm's constants where they were measured (results/tune.py), by part and width: "forward 768", "backward 768" and
+# "backward γ 768" to any of the names in _rms_norm_constants. Others follow the rules of _tile and _programs.
+TUNED = {}
+
+
+def _rms_norm_constants(part, n):
+    """(columns, {rows, warps, stages, programs per processor, evict: how the caches are told to treat x})."""
+    rows, columns, warps = _tile(n, 32 if part == "forward" else 16)
+    rule = dict(rows=rows, warps=warps, stages=1, programs=max(1, 16 // warps), evict="")
+    return columns, SimpleNamespace(**{**rule, **TUNED.get(f"{part} {n}", {})})
+
+
 def _programs(tiles, warps, device):
     """
     How many programs share the tiles if each sums over its rows: as many as run at once, at 16 warps per processor.
@@ -198,7 +210,7 @@ def _norm_backward(dy, y, r, N: tl.constexpr):
 
 @jit
 def _rms_norm_kernel(x, residual, gamma, y, total, rows, eps, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
-                     N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                     N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVICT: tl.constexpr):
     """
     y = γ ⊙ N(x), or total = x + residual and y = γ ⊙ N(total). γ and residual may be None.
 
@@ -210,9 +222,10 @@ def _rms_norm_kernel(x, residual, gamma, y, total, rows, eps, X_STRIDE: tl.const
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < N)
-    x_ = tl.load(x + row * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
+    x_ = tl.load(x + row * X_STRIDE + column, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if residual is not None:
-        x_ += tl.load(residual + row * RESIDUAL_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
+        x_ += tl.load(residual + row * RESIDUAL_STRIDE + column, mask=inside, other=0.0,
+                      eviction_policy=EVICT).to(tl.float32)
         rounded = x_.to(total.dtype.element_ty)
         tl.store(total + row * N + column, rounded, mask=inside)
         x_ = rounded.to(tl.float32)  # the norm of the rounded sum, which the backward pass sees too
@@ -225,7 +238,8 @@ def _rms_norm_kernel(x, residual, gamma, y, total, rows, eps, X_STRIDE: tl.const
 @jit
 def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps, DY_STRIDE: tl.constexpr,
                               X_STRIDE: tl.constexpr, DTOTAL_STRIDE: tl.constexpr, N: tl.constexpr,
-                              ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                              ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVICT: tl.constexpr,
+                              STAGES: tl.constexpr):
     """
     dx of y = γ ⊙ N(x), plus dtotal, the gradient that x, the residual stream, gets from elsewhere; and per program one
     row of dγ, the sum over its rows of dy ⊙ N(x). gamma and dtotal may be None.
@@ -240,11 +254,11 @@ def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps
         gamma_ = tl.load(gamma + column, mask=column < N, other=0.0)
         dgamma_ = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = tl.program_id(0).to(tl.int64)
-    for i in range(steps):
+    for i in tl.range(steps, num_stages=STAGES):
         row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < N)
-        x_ = tl.load(x + row * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
-        dy_ = tl.load(dy + row * DY_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
+        x_ = tl.load(x + row * X_STRIDE + column, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        dy_ = tl.load(dy + row * DY_STRIDE + column, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
         y_, r = _norm(x_, eps, N)
         if gamma is not None:
             dgamma_ += tl.where(inside, dy_ * y_, 0.0)  # after the last row, 0 · r is NaN where ε is 0
@@ -265,10 +279,10 @@ def _rms_norm(x: Tensor, residual: Optional[Tensor], gamma: Optional[Tensor], ep
     y, total = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
     x, gamma = _rows(x), None if gamma is None else gamma.contiguous()
     residual = None if residual is None else _rows(residual)
-    tile, columns, warps = _tile(n, 32)
-    _launch(_rms_norm_kernel, (triton.cdiv(x.size(0), tile),), x, residual, gamma, y, total, x.size(0), eps,
-            X_STRIDE=x.stride(0), RESIDUAL_STRIDE=0 if residual is None else residual.stride(0), N=n, ROWS=tile,
-            COLUMNS=columns, num_warps=warps)
+    columns, use = _rms_norm_constants("forward", n)
+    _launch(_rms_norm_kernel, (triton.cdiv(x.size(0), use.rows),), x, residual, gamma, y, total, x.size(0), eps,
+            X_STRIDE=x.stride(0), RESIDUAL_STRIDE=0 if residual is None else residual.stride(0), N=n, ROWS=use.rows,
+            COLUMNS=columns, EVICT=use.evict, num_warps=use.warps)
     return y, total
 
 
@@ -283,14 +297,14 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, gamma: Optional[Tensor], dtotal: O
     n = x.size(-1)
     dx = x.new_empty(x.shape)  # never dy's own memory, which others may still read
     dy, x, dtotal = _rows(dy), _rows(x), None if dtotal is None else _rows(dtotal)
-    tile, columns, warps = _tile(n, 16)
-    tiles = triton.cdiv(x.size(0), tile)
-    programs = tiles if gamma is None else _programs(tiles, warps, x.device)
+    columns, use = _rms_norm_constants("backward" if gamma is None else "backward γ", n)
+    tiles = triton.cdiv(x.size(0), use.rows)
+    programs = tiles if gamma is None else min(tiles, _processors(x.device) * use.programs)
     dgamma = None if gamma is None else gamma.new_empty(programs, n)
     _launch(_rms_norm_backward_kernel, (programs,), dy, x, None if gamma is None else gamma.contiguous(), dtotal, dx,
             dgamma, x.size(0), triton.cdiv(tiles, max(1, programs)), eps, DY_STRIDE=dy.stride(0),
-            X_STRIDE=x.stride(0), DTOTAL_STRIDE=0 if dtotal is None else dtotal.stride(0), N=n, ROWS=tile,
-            COLUMNS=columns, num_warps=warps)
+            X_STRIDE=x.stride(0), DTOTAL_STRIDE=0 if dtotal is None else dtotal.stride(0), N=n, ROWS=use.rows,
+            COLUMNS=columns, EVICT=use.evict, STAGES=use.stages, num_warps=use.warps)
     return dx, x.new_empty(0) if gamma is None else dgamma.sum(0)
 
 
