@@ -1,63 +1,83 @@
 """
-Measurements, each a table on stdout and in results/bench/:
+Measurements, each printed as a table and written to results/bench/:
 
-    python bench.py kernels      each op of kernels.py that a model calls: eager, compiled, Triton, and Liger's
-    python bench.py overhead     step time and memory of strategies over the baseline's; --eager or --compile alone
-    python bench.py peers        tokens per second beside Hugging Face's Llama, of the same shape and the same loss
-    python bench.py profile      where the time of one training step goes
-    bash bench.sh                all of them, after the tests that need a GPU
+    python bench.py kernels      each op of kernels.py: eager, compiled, and as a Triton kernel
+    python bench.py overhead     step time and memory of the strategies over the baseline's
+    python bench.py peers        tokens per second against Hugging Face's Llama and, with --nanogpt=PATH, nanoGPT's GPT
+    python bench.py profile      where the time of a training step goes
+    bash bench.sh --minutes=12   all of them in order of worth, within the time given
 
-On a GPU llama_0.12b and llama_1b, in bf16; on a CPU the quickstart, in fp32 and on one core.
+On a GPU in bf16; on a CPU in fp32, on one core.
 
-First come the machine's two ceilings, a copy's bytes per second and a matrix product's FLOP/s. What moves bytes is
-given as a share of the first, a step as a share of the second, each against the ceiling measured in the same round.
-
-What is compared runs in one process, the arms in turns and in an order drawn anew for each round, so that whatever
-else slows the machine slows them alike. A ratio is the geometric mean over rounds of one arm's time over the other's in
-the same round, with Student's 95% interval of that mean. Memory is counted and has no interval: see Arm.memory_mb.
+The arms of a comparison run in one process and take turns, in an order drawn anew for each round, so that whatever else
+slows the machine slows them alike. A ratio is the geometric mean over rounds of one arm's time over the other's in the
+same round, with Student's 95% interval. First come the machine's two ceilings, a copy's bytes per second and a matrix
+product's FLOP/s, which are measured again in every round: the columns in % are shares of them.
 """
 
-import inspect
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(HERE))
+
+from configurator import ConfigError, Parser, configure, refuse, streams
+
+STRATEGIES = {"overhead": "baseline,unified,unified --head_placement=input,unified_light,unified_free,hg,dp,"
+              "baseline --placement=after,or",
+              "peers": "baseline", "profile": "baseline,unified"}  # where none are named
+
+
+def arguments(args=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("what", choices=("kernels", "overhead", "peers", "profile"))
+    add("--strategies", default="", help="names in config, separated by commas, each with flags if you like: "
+        "'baseline,unified --reparam=er'; overhead compares with the first")
+    add("--ways", default="eager,compiled", help="eager, compiled, or (the default) both")
+    add("--sizes", default="", help="names in config/size, or files, separated by commas; default: llama_0.12b on a "
+        "GPU, quickstart on a CPU")
+    add("--rounds", default=0, type=int, help="in each, every arm has a turn; default: 30 on a GPU, 60 on a CPU")
+    add("--block", default=0, type=int, help="steps of an arm per turn; default: 20 on a GPU, 1 on a CPU")
+    add("--seconds", default=0.0, type=float, help="leave out arms and rounds to end in so many; default: no limit")
+    add("--micro_batch", default=0, type=int, help="sequences per step; default: the size's")
+    add("--tokens", default=0, type=int, help="for kernels; default: 16384 on a GPU, 2048 on a CPU")
+    add("--tuned", type=Path, help="for kernels: a file of results/tune.py, whose constants are used")
+    add("--nanogpt", type=Path, help="for peers: a clone of github.com/karpathy/nanoGPT")
+    add("--out", default=HERE / "results" / "bench", type=Path, help="where the tables go; default: results/bench")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":
+    asked = arguments()  # before torch is loaded, so that --help and a typo are answered at once
+
+import importlib.util
 import itertools
+import json
 import math
 import random
 import re
 import statistics
-import sys
 import time
 from collections import namedtuple
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import kernels
-import model as model_module
-import moe
-import norms
-from configurator import ConfigError, Parser, configure, refuse, streams
 from devices import device_name, pick_device
 from hf import fold, hf_config, hf_tensors, hf_type
+from model import ALIGN, GPT, rope_tables
+from norms import ScaleVector
 from optim import make_optimizers, param_groups
 from runs import git_commit, versions
 from settings import Settings, gpt_config
-from stats import mean_and_half_width
-
-HERE = Path(__file__).resolve().parent
-# of each verb, where none are named
-STRATEGIES = {"kernels": "baseline,hg,dp,unified,gemma_wd_all",  # every placement, both layouts
-              "overhead": "baseline,hg,dp,or,norm,unified,unified_light,unified_free",
-              "peers": "baseline", "profile": "baseline,unified"}
+from stats import markdown_table, mean_and_half_width
 
 
 def paired_ratio(times, base):
@@ -68,24 +88,27 @@ def paired_ratio(times, base):
 
 
 def clock(device):
-    """The clock to time with. A CPU's one thread has its own, which stands still while others have the core."""
+    """The clock to time with. A CPU's is that of our one thread, which stands still while others have the core."""
     return time.perf_counter if device.type == "cuda" else time.process_time
 
 
-def alternate(arms, rounds):
+def alternate(arms, rounds, until=math.inf):
     """
     arms: name -> a function that does the work once and returns its seconds. Every round calls each once, in an order
-    drawn anew. Returns name -> [seconds], a number for each round.
+    drawn anew. until: a time.monotonic() after which no round begins, except the three that an interval needs.
+    Returns name -> [seconds], one number per round.
     """
     order, times = random.Random(0), {name: [] for name in arms}
-    for _ in tqdm(range(rounds), unit="round", leave=False, disable=None):
+    for i in tqdm(range(rounds), unit="round", leave=False, disable=None):
+        if i >= 3 and time.monotonic() > until:
+            break
         for name in order.sample(list(arms), len(arms)):
             times[name].append(arms[name]())
     return times
 
 
 def share(work, times, ceiling, ceiling_times):
-    """Per cent of a ceiling: work a second over the ceiling's work a second, the median over rounds."""
+    """Per cent of a ceiling: work per second over the ceiling's in the same round, the median over rounds."""
     return f"{statistics.median(100 * (work / t) / (ceiling / c) for t, c in zip(times, ceiling_times)):.0f}"
 
 
@@ -96,20 +119,16 @@ class Ceilings:
         self.device, self.clock = device, clock(device)
         mb, n = (256, 8192) if device.type == "cuda" else (64, 1024)
         self.source, self.target = torch.randn(2, mb << 18, device=device)
-        self.a, self.b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
+        a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
         self.bytes, self.flops = 2 * self.source.nbytes, 2 * n**3
+        self.copy = lambda: self.seconds(lambda: self.target.copy_(self.source))
+        self.matmul = lambda: self.seconds(lambda: a @ b)
         copy, matmul = (statistics.median(f() for _ in range(11)) for f in (self.copy, self.matmul))
         self.said = (f"Ceilings: a copy of {mb} MB {self.bytes / copy / 1e9:.1f} GB/s; a product of {n} × {n} matrices "
                      f"in {dtype} {self.flops / matmul / 1e12:.3g} TFLOP/s.")
 
-    def copy(self):
-        return self.seconds(lambda: self.target.copy_(self.source))
-
-    def matmul(self):
-        return self.seconds(lambda: self.a @ self.b)
-
     def seconds(self, f):
-        """Of one call of f, its inputs in no cache."""
+        """The time of one call of f, with none of its inputs in a cache."""
         if self.device.type != "cuda":
             self.target.zero_()
             began = self.clock()
@@ -127,19 +146,16 @@ class Ceilings:
         return start.elapsed_time(end) / 1e3
 
 
-def report(name, rows, a, notes):
-    """Print rows, a list of dicts or text, and write them with notes and the machine to NAME.md in a.out."""
+def report(name, rows, a, notes, say=True):
+    """Write rows, a list of dicts or text, with notes and the machine to NAME.md in a.out; `say` prints them too."""
     if isinstance(rows, list):
-        lines = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        lines.insert(1, ["-" * w for w in widths])
-        rows = "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
-    print(f"\n{name}", rows, *notes, sep="\n", flush=True)
+        rows = "\n".join(markdown_table(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows]))
+    if say:
+        print(f"\n{name}", rows, *notes, sep="\n", flush=True)
     packages = {p: sys.modules[p].__version__ for p in ("triton", "transformers") if p in sys.modules}
     where = {"device": device_name(a.device), "threads": torch.get_num_threads(), **versions(), **packages,
              "commit": git_commit()}
-    command = re.sub(r" --out[= ]\S+", "", " ".join(a.command))
-    where = f"`python bench.py {command}`: " + ", ".join(f"{key} {value}" for key, value in where.items())
+    where = f"`python {a.command}`: " + ", ".join(f"{key} {value}" for key, value in where.items())
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / f"{name}.md").write_text("\n".join([rows, "", *notes, a.ceilings.said, "", where, ""]), encoding="utf-8")
 
@@ -147,96 +163,45 @@ def report(name, rows, a, notes):
 # ---------------------------------------------------------------------------------------------------------------
 # kernels
 
+# An op to time: its name, a function without arguments that runs it, the inputs that get a gradient, and the bytes that
+# it must move forward, and forward and backward together.
+Case = namedtuple("Case", "name call inputs forward both")
 
-# An op to time: the strategy that calls it, its name, the inputs that get a gradient, a function without arguments that
-# runs it, and one that runs what Liger offers in its place, or None.
-Case = namedtuple("Case", "strategy op inputs call liger")
 
-
-def recorded(s, tokens, device, dtype):
+def cases(s, tokens, device, dtype):
     """
-    (name, function, arguments by name) of each call that a forward pass of s's model makes into kernels.py, with one
-    block, since all are alike. Recorded, so that what is timed is what the model does, whatever that comes to be.
+    The ops at the shapes that a model of settings s gives them. Forward must read its inputs and write its outputs.
+    Backward must read the outputs' gradients and the inputs that they depend on, and write the inputs' gradients.
     """
-    calls = []
-
-    def recording(name, f):
-        def call(*args, **kw):
-            calls.append((name, f, inspect.signature(f).bind(*args, **kw).arguments))
-            return f(*args, **kw)
-        return call
-
-    model, T = build(replace(s, n_layer=1), device, dtype), min(s.block_size, tokens)
-    with ExitStack() as patches:
-        for module in (model_module, norms, moe):
-            for name, f in list(vars(module).items()):
-                if inspect.isfunction(f) and f.__module__ == "kernels":
-                    patches.enter_context(patch.object(module, name, recording(name, f)))
-        model(torch.randint(0, s.vocab_size, (tokens // T, T), device=device))
-    return calls
-
-
-def cases(size, strategies, tokens, device, dtype):
-    """A Case for each call that the strategies' models make; of those with the same shapes and settings, the first."""
-    found = {}
-    for strategy in strategies:
-        for name, f, given in recorded(settings_of(size, strategy), tokens, device, dtype):
-            copies = {}
-            own = lambda x: copies.setdefault(id(x), x.detach().clone().requires_grad_(x.requires_grad))
-            kw = tree_map_only(torch.Tensor, own, given)  # and what branches share stays one tensor
-            inputs = tuple(x for x in copies.values() if x.requires_grad)
-            if any(f(**kw) is x for x in inputs):
-                continue  # nothing to do, as to cast to fp32
-            op = f"{name} normed={given['normed']}" if given.get("normed") else name
-            op = f"{op} {', '.join('×'.join(map(str, x.shape)) for x in inputs)}"
-            found.setdefault(op, Case(strategy, op, inputs, lambda f=f, kw=kw: f(**kw), ligers(name, **kw)))
-    return list(found.values())
-
-
-def ligers(name, x=None, y=None, gamma=None, residual=None, eps=None, normed=None, **_):
-    """A call of what Liger offers for the op that was called with these arguments, or None."""
-    try:
-        from liger_kernel.ops import fused_add_rms_norm, rms_norm, swiglu
-    except ImportError:
-        return None
-    if name == "swiglu" and not normed:
-        return lambda: swiglu.LigerFusedGateUpSiLUMulFunction.apply(y)
-    if name == "rms_norm":
-        gamma = torch.ones(x.size(-1), device=x.device) if gamma is None else gamma  # theirs want one
-        rest = gamma, eps, 0.0, "llama", False  # in_place: it would write dX over dY, which may be used again
-        if residual is None:
-            return lambda: rms_norm.LigerRMSNormFunction.apply(x, *rest)
-        return lambda: fused_add_rms_norm.LigerFusedAddRMSNormFunction.apply(x, residual, *rest)
-
-
-def bytes_moved(case):
-    """
-    What the op must move, in bytes, {"forward": , "both": forward and backward}. Forward reads each input and writes
-    each output once. Backward reads the outputs' gradients, writes the inputs', and reads those inputs and outputs
-    again that the plain twin keeps for it; what else it keeps, another implementation may compute anew.
-    """
-    kept = []
-
-    def storages(tensors):
-        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-
-    with kernels.backend("torch"), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        outs = tree_leaves(case.call())
-    grads = torch.autograd.grad(outs, case.inputs, [torch.ones_like(y) for y in outs])
-    known = storages([*case.inputs, *outs])
-    again = [size for at, size in storages(kept).items() if at in known]
-    backward = [*(y.nbytes for y in outs), *again, *storages(grads).values()]
-    return {"forward": sum(known.values()), "both": sum([*known.values(), *backward])}
+    config, dtype = gpt_config(s, dtype), getattr(torch, dtype)
+    T, d, eps, n, hidden = min(tokens, s.block_size), config.d_head, config.norm_eps, s.n_embd, config.ffn_dim
+    q, kv, padded = config.n_head * d, config.n_kv_head * d, hidden + -hidden % ALIGN
+    x, r, qkv, gate_up = (torch.randn(tokens // T, T, width, device=device, dtype=dtype).requires_grad_()
+                          for width in (n, n, q + 2 * kv, 2 * padded))
+    with torch.no_grad():
+        gate_up.unflatten(-1, (2, padded))[..., hidden:] = 0  # as the padded weights leave it
+    gamma, gamma_q, gamma_k, gamma_gate = (torch.ones(w, device=device).requires_grad_() for w in (n, q, kv, hidden))
+    cos, sin = (t.to(device) for t in rope_tables(d, T, s.rope_theta))
+    heads = cos, sin, config.n_head, config.n_kv_head
+    X, Y, H = x.nbytes, qkv.nbytes, gate_up.nbytes // 2
+    return [
+        Case("rms_norm", lambda: kernels.rms_norm(x, eps), (x,), 2 * X, 5 * X),
+        Case("rms_norm, γ", lambda: kernels.rms_norm(x, eps, gamma), (x, gamma), 2 * X, 5 * X),
+        Case("rms_norm, residual", lambda: kernels.rms_norm(x, eps, residual=r), (x, r), 4 * X, 8 * X),
+        Case("RoPE", lambda: kernels.qk_norm_rope(qkv, *heads), (qkv,), 2 * Y, 4 * Y),
+        Case("norms of q, k, v, RoPE", lambda: kernels.qk_norm_rope(qkv, *heads, eps, "qkv", (gamma_q, gamma_k), d),
+             (qkv, gamma_q, gamma_k), 2 * Y, 5 * Y),
+        Case("SwiGLU", lambda: kernels.swiglu(gate_up, hidden), (gate_up,), 3 * H, 8 * H),
+        Case("norms, SwiGLU", lambda: kernels.swiglu(gate_up, hidden, eps, True, gamma_gate), (gate_up, gamma_gate),
+             3 * H, 8 * H)]
 
 
 def arms_of(case, device):
-    """(arm, 'forward' or 'both') -> a function that runs the case's forward pass, or that and its backward pass."""
+    """(arm, 'forward' or 'both') -> a function that runs the case's forward pass, or forward and backward."""
     torch._dynamo.reset()  # each case gets a fresh cache of compiled code, of which there may be eight for one lambda
     ways = {"eager": ("torch", case.call), "compile": ("torch", torch.compile(case.call, dynamic=False))}
-    if device.type == "cuda" and not case.op.startswith("scaled_cast"):  # the interpreter has no speed to speak of
+    if device.type == "cuda":  # the interpreter has no speed to speak of
         ways["triton"] = "triton", case.call
-    if case.liger:
-        ways["liger"] = "torch", case.liger
     arms = {}
     for name, (backend, call) in ways.items():
         def forward(backend=backend, call=call):
@@ -250,24 +215,25 @@ def arms_of(case, device):
 
 
 def bench_kernels(size, a):
-    """Every Case, an arm a row, beside a copy measured in the same rounds."""
-    rows = []
-    for case in tqdm(cases(size, a.strategies, a.tokens, a.device, a.dtype), desc=size, leave=False, disable=None):
-        arms = arms_of(case, a.device)
-        timings = {arm: lambda f=f: a.ceilings.seconds(f) for arm, f in arms.items()}
-        times, moved = alternate({**timings, "copy": a.ceilings.copy}, a.rounds), bytes_moved(case)
-        for arm in dict.fromkeys(name for name, _ in arms):
-            row = {"strategy": case.strategy, "op": case.op, "arm": arm}
-            for part in ("forward", "both"):
+    if a.tuned:
+        kernels.TUNED = json.loads(a.tuned.read_text(encoding="utf-8"))
+    rows, todo = [], cases(settings_of(size), a.tokens, a.device, a.dtype)
+    for left, case in zip(range(len(todo), 0, -1), todo):
+        until = time.monotonic() + (a.until - time.monotonic()) / left
+        timed = {arm: lambda f=f: a.ceilings.seconds(f) for arm, f in arms_of(case, a.device).items()}
+        times = alternate({**timed, "copy": a.ceilings.copy}, a.rounds, until)
+        for arm in dict.fromkeys(name for name, _ in timed):
+            row = {"op": case.name, "arm": arm}
+            for part, moved in (("forward", case.forward), ("both", case.both)):
                 mine, ratio = times[arm, part], paired_ratio(times[arm, part], times["compile", part])
                 row.update({f"{part}_us": f"{1e6 * statistics.median(mine):.1f}",
-                            f"{part}_copy_%": share(moved[part], mine, a.ceilings.bytes, times["copy"]),
+                            f"{part}_copy_%": share(moved, mine, a.ceilings.bytes, times["copy"]),
                             f"{part}_vs_compile": "{:.3f} ({:.3f}–{:.3f})".format(*ratio)})
             rows.append(row)
-    report(f"kernels_{size_name(size)}", rows, a, [
-        f"{a.tokens} tokens, {a.dtype}, {a.rounds} rounds. both: forward and backward. copy_%: bytes that the op must "
-        f"move, a second, over a copy's in the same round. vs_compile: time over the compiled twin's, with its 95% "
-        f"interval. A kernel that is below 1 nowhere, or above it somewhere, goes."])
+        report(f"kernels_{size_name(size)}", rows, a, [
+            f"{a.tokens} tokens, {a.dtype}, up to {a.rounds} rounds. both: forward and backward. copy_%: bytes that "
+            f"the op must move per second, over a copy's. vs_compile: time over the compiled twin's, with its 95% "
+            f"interval. Constants of rms_norm: {kernels.TUNED or 'by its rule'}."], say=left == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -275,10 +241,7 @@ def bench_kernels(size, a):
 
 
 def settings_of(size, strategy="baseline"):
-    """
-    train.py's settings of a size, a name in config/size or a file, and a strategy, a name in config and flags after it:
-    "unified --ffn_placement=dual".
-    """
+    """train.py's settings of a size, a name in config/size or a file, and a strategy, as --strategies has them."""
     path = size if size.endswith(".py") else f"{HERE}/config/size/{size}.py"
     name, *flags = strategy.split()
     return configure(Settings, [path, f"{HERE}/config/{name}.py", *flags])[0]
@@ -286,12 +249,6 @@ def settings_of(size, strategy="baseline"):
 
 def size_name(size):
     return Path(size).name.removesuffix(".py")  # not its stem, which of llama_0.12b is llama_0
-
-
-def build(s, device, dtype):
-    torch.manual_seed(s.seed)
-    with torch.device(device):
-        return model_module.GPT(gpt_config(s, dtype))
 
 
 class Arm:
@@ -328,14 +285,12 @@ class Arm:
 
     def memory_mb(self):
         """
-        Peak of one step: parameters, AdamW's moments, and all that the step allocates on top. On a GPU as its allocator
-        says. On a CPU the largest running sum of what the profiler says that tensors take and give back: exact, the
-        same every time, and of this arm alone, which the process's resident size is not. Neither sees the scratch
-        memory that a library takes for itself.
+        Peak of one step: parameters, AdamW's moments, and all that the step allocates on top, by the GPU's allocator.
+        On a CPU it is the largest running sum of what the profiler says that tensors take and give back: exact, the
+        same every time, and this arm's only. Neither sees the scratch memory that a library takes for itself.
         """
         state = [t for o in self.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *state]
-        held = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        held = sum({t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *state)}.values())
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -349,11 +304,13 @@ class Arm:
 
 def make_arm(size, strategy, a, way, shared):
     """
-    The Arm of a strategy. shared: a dict in which the arms keep one set of matrices and AdamW's moments among them; one
+    The Arm of a strategy. shared: a dict in which the arms keep one set of matrices and of AdamW's moments of them: one
     model's memory then holds all of them, and the caches see the same numbers.
     """
     s = settings_of(size, strategy)
-    model = build(s, a.device, a.dtype)
+    torch.manual_seed(s.seed)
+    with torch.device(a.device):
+        model = GPT(gpt_config(s, a.dtype))
     roles = list(model.named_roles())
     matrices = {name: p for name, p, role, _ in roles if role not in ("input", "output")}
     for name, p in matrices.items():
@@ -374,10 +331,10 @@ def make_arm(size, strategy, a, way, shared):
 
 
 def compare(arms, flops, a):
-    """(name -> times, name -> MB, name -> columns of its row, a note) of arms. flops: of a token."""
+    """(name -> times, name -> MB, name -> columns of its row, a note) of arms. flops: per token."""
     memory = {name: arm.memory_mb() for name, arm in arms.items()}
     timed = {name: lambda arm=arm: arm.seconds(a.block) for name, arm in arms.items()}
-    times = alternate({**timed, "matmul": a.ceilings.matmul}, a.rounds)
+    times = alternate({**timed, "matmul": a.ceilings.matmul}, a.rounds, a.until)
     columns = {}
     for name, arm in arms.items():
         step, tokens = statistics.median(times[name]), next(arm.batches)[0].numel()
@@ -385,24 +342,29 @@ def compare(arms, flops, a):
                          "matmul_%": share(flops * tokens, times[name], a.ceilings.flops, times["matmul"]),
                          "memory_mb": f"{memory[name]:.1f}"}
     return times, memory, columns, (
-        f"{tokens} tokens a step, {a.dtype}, {a.rounds} rounds of {a.block} steps each. matmul_%: of the matrix "
-        f"product's speed in the same round. memory_mb: peak of a step.")
+        f"{tokens} tokens per step, {a.dtype}, {len(times['matmul'])} rounds of {a.block} steps each. matmul_%: of the "
+        f"matrix product's speed in the same round. memory_mb: peak of a step.")
 
 
 def bench_overhead(size, a):
-    torch._dynamo.config.recompile_limit = 64  # a strategy each, where a model usually has one
-    arms, shared, todo = {}, {}, list(itertools.product(a.ways, a.strategies))
-    for way, name in tqdm(todo, desc=f"{size}: building", unit="model", leave=False, disable=None):
-        arms[way, name] = make_arm(size, name, a, way, shared)
-    times, memory, columns, note = compare(arms, arms[todo[0]].model.flops_per_token(), a)
+    torch._dynamo.config.recompile_limit = 64  # one per strategy, where a model usually has one
+    began, arms, shared, late = time.monotonic(), {}, {}, []
+    todo = list(itertools.product(a.strategies, a.ways))
+    for name, way in tqdm(todo, desc=f"{size}: building", leave=False, disable=None):
+        if name != a.strategies[0] and time.monotonic() > began + 0.6 * (a.until - began):
+            late.append(f"{name} ({way})")
+        else:
+            arms[way, name] = make_arm(size, name, a, way, shared)
+    times, memory, columns, note = compare(arms, next(iter(arms.values())).model.flops_per_token(), a)
     for way in a.ways:
         rows, base = [], (way, a.strategies[0])
-        for name in a.strategies:
+        for name in (name for w, name in arms if w == way):
             ratio, low, high = (f"{r:.4f}" for r in paired_ratio(times[way, name], times[base]))
             rows.append({"strategy": name, "time": ratio, "low": low, "high": high,
                          "memory": f"{memory[way, name] / memory[base]:.4f}", **columns[way, name]})
         report(f"overhead_{size_name(size)}_{way}", rows, a, [
-            f"time, with its 95% interval, and memory: over those of {a.strategies[0]}.", note])
+            f"time, with its 95% interval, and memory: over those of {a.strategies[0]}.", note,
+            *([f"Left out for want of time: {', '.join(late)}."] if late else [])])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -411,63 +373,73 @@ def bench_overhead(size, a):
 
 def hf_llama(model, x, y):
     """
-    (Hugging Face's Llama that computes what model does, in fp32, a line on their losses). Raises ConfigError where no
-    Llama does, and SystemExit where they differ on x and y: few tokens, since two large models leave little room.
+    (Hugging Face's Llama that computes what model does, its loss of (x, y), a line on their losses in fp32). Raises
+    ConfigError where no Llama does, SystemExit where they differ on x and y: few tokens, since two models fill memory.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config, tensors = fold(model)
-    if (kind := hf_type(config, tensors)) != "llama":
-        raise ConfigError(f"peers compares with a Llama, and to Hugging Face this model is of type {kind}")
-    told = hf_config(kind, config, SimpleNamespace(separator=0, name="bytes"))
-    with torch.device(x.device):
-        llama = LlamaForCausalLM(LlamaConfig(**told, attn_implementation="sdpa"))
-    llama.load_state_dict(hf_tensors(kind, config, tensors))
-    dtype, model.config.dtype = model.config.dtype, "float32"
-    with torch.no_grad():
-        ours, theirs = model(x, y)[1].item(), llama_loss(llama, x, y).item()
-    model.config.dtype = dtype
-    if not abs(ours - theirs) <= 1e-4:
-        sys.exit(f"bench.py: our loss is {ours:.6f} and Hugging Face's {theirs:.6f}: nothing to compare the speed of")
-    return llama.train(), f"In fp32 the same weights give the loss {ours:.6f} here and {theirs:.6f} there."
-
-
-def llama_loss(llama, x, y):
-    """Its own loss on our batches: shift_labels are labels that are shifted already."""
-    return llama(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
-
-
-def bench_peers(size, a):
     try:
         import transformers
     except ImportError:
         raise ConfigError("peers compares with Hugging Face's Llama: pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
+    config, tensors = fold(model)
+    if (kind := hf_type(config, tensors)) != "llama":
+        raise ConfigError(f"peers compares with a Llama, and to Hugging Face this model is of type {kind}")
+    told = hf_config(kind, config, SimpleNamespace(separator=0, name="bytes"))
+    with torch.device(x.device):
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**told, attn_implementation="sdpa"))
+    llama.load_state_dict(hf_tensors(kind, config, tensors))
+    loss_of = lambda run: lambda x, y: run(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
+    dtype, model.config.dtype = model.config.dtype, "float32"
+    with torch.no_grad():
+        ours, theirs = model(x, y)[1].item(), loss_of(llama)(x, y).item()
+    model.config.dtype = dtype
+    if not abs(ours - theirs) <= 1e-4:
+        sys.exit(f"bench.py: our loss is {ours:.6f} and Hugging Face's {theirs:.6f}: nothing to compare the speed of")
+    return llama.train(), loss_of, f"In fp32 the same weights give the loss {ours:.6f} here and {theirs:.6f} there."
+
+
+def nanogpt(path, s, device):
+    """(nanoGPT's GPT of the same depth, width, heads, block and vocabulary, its loss of (x, y)). Raises ConfigError."""
+    try:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path / "model.py")
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except OSError as e:
+        raise ConfigError(f"--nanogpt={path} is not a clone of nanoGPT: {e}") from None
+    with torch.device(device):
+        model = module.GPT(module.GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, 0.0, False))
+    return model, lambda run: lambda x, y: run(x, y)[1]
+
+
+def bench_peers(size, a):
     ours = make_arm(size, a.strategies[0], a, "eager", shared := {})
     model, batches = ours.model, shared["batches"]
     for module in model.modules():  # no γ at 1, or a wrong one would go unnoticed
-        if isinstance(module, norms.ScaleVector):
+        if isinstance(module, ScaleVector):
             module.set(1 + 0.1 * torch.randn(module.n))
-    llama, same = hf_llama(model, *(t[:1] for t in batches[0]))
-    optimizers = [torch.optim.AdamW(llama.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=True)]
+    llama, loss_of, same = hf_llama(model, *(t[:1] for t in batches[0]))
+    peers = {"Hugging Face's Llama": (llama, loss_of)}
+    if a.nanogpt:
+        peers["nanoGPT"] = nanogpt(a.nanogpt, settings_of(size), a.device)
     # mixed precision as everyone has it there: fp32 weights under autocast
     autocast = torch.autocast(a.device.type, getattr(torch, a.dtype), enabled=a.dtype != "float32")
-    arms = {}
-    for way in a.ways:
-        run, theirs = (torch.compile(m) if way == "compiled" else m for m in (model, llama))
-        arms["Hugging Face", way] = Arm(llama, autocast(lambda x, y, run=theirs: llama_loss(run, x, y)), optimizers,
-                                        batches)
-        arms["nanoScale", way] = Arm(model, lambda x, y, run=run: run(x, y)[1], ours.optimizers, batches)
+    compiled = {"eager": lambda module: module, "compiled": torch.compile}
+    own = lambda run: lambda x, y: run(x, y)[1]
+    arms = {("nanoScale", way): Arm(model, own(compiled[way](model)), ours.optimizers, batches) for way in a.ways}
+    for name, (peer, loss_of) in peers.items():
+        adamw = [torch.optim.AdamW(peer.parameters(), 0.0, (0.9, 0.95), weight_decay=0.1, fused=True)]
+        arms.update({(name, way): Arm(peer, autocast(loss_of(compiled[way](peer))), adamw, batches) for way in a.ways})
     for arm in arms.values():
         arm.step()  # compiles
     times, _, columns, note = compare(arms, model.flops_per_token(), a)
     rows = []
     for (whose, way), cells in columns.items():
-        ratio, low, high = (f"{r:.3f}" for r in paired_ratio(times["Hugging Face", way], times[whose, way]))
-        rows.append({"whose": whose, "way": way, "times_theirs": ratio, "low": low, "high": high, **cells})
+        ratio, low, high = (f"{r:.3f}" for r in paired_ratio(times[whose, way], times["nanoScale", way]))
+        params = sum(p.numel() for p in arms[whose, way].model.parameters())
+        rows.append({"whose": whose, "way": way, "params": params, "we_are": ratio, "low": low, "high": high, **cells})
     report(f"peers_{size_name(size)}", rows, a, [
-        same, "times_theirs: tokens per second over Hugging Face's, run in the same way, with its 95% interval. sdpa "
-              "attention, AdamW and clipping are the same.", note])
+        same, "we_are: how many times as fast nanoScale is, run in the same way, with its 95% interval. Attention "
+              "(sdpa), AdamW and clipping are the same. matmul_% counts our model's FLOPs.", note])
 
 
 def bench_profile(size, a, steps=5):
@@ -490,38 +462,26 @@ def bench_profile(size, a, steps=5):
 VERBS = {"kernels": bench_kernels, "overhead": bench_overhead, "peers": bench_peers, "profile": bench_profile}
 
 
-def arguments(args=None):
+def prepare(a, command):
+    """Complete what arguments() returned for this machine. command: how it was called."""
     cuda = torch.cuda.is_available()
-    parser = Parser(__doc__)
-
-    def add(flag, default, help, **kw):
-        parser.add_argument(flag, default=default, help=f"{help}; default: {default}", **kw)
-    parser.add_argument("what", choices=VERBS)
-    parser.add_argument("--strategies", help="names in config, with commas, and flags after them: 'baseline,unified "
-                        "--reparam=er'; overhead compares with the first")
-    parser.add_argument("--eager", action="store_true", help="eager models alone")
-    parser.add_argument("--compile", action="store_true", help="compiled models alone; default: both")
-    add("--sizes", "llama_0.12b,llama_1b" if cuda else "quickstart", "names in config/size, or files, with commas")
-    add("--rounds", 30 if cuda else 60, "in which each arm has its turn", type=int)
-    add("--block", 20 if cuda else 1, "steps of an arm in a round", type=int)
-    add("--micro_batch", 0, "sequences in a step; 0 is the size's", type=int)
-    add("--tokens", 16384 if cuda else 2048, "of kernels", type=int)
-    add("--out", HERE / "results" / "bench", "where the tables go", type=Path)
-    a = parser.parse_args(args)
-    a.command = sys.argv[1:] if args is None else args
+    a.until = time.monotonic() + (a.seconds or math.inf)
     a.device, a.dtype, *_ = pick_device(Settings(device="cuda" if cuda else "cpu"))
-    a.sizes, a.strategies = a.sizes.split(","), (a.strategies or STRATEGIES[a.what]).split(",")
-    a.ways = ["eager"] * (a.eager or not a.compile) + ["compiled"] * (a.compile or not a.eager)
-    return a
-
-
-def main(args=None):
-    a = arguments(args)
-    if a.device.type == "cpu":
+    a.command = re.sub(r" --(out|tuned|nanogpt)[= ]\S+", "", " ".join(command))  # paths are of one machine
+    if not cuda:
         torch.set_num_threads(1)  # the fewer cores, the less it matters what else the machine does
     a.ceilings = Ceilings(a.device, a.dtype)
     print(a.ceilings.said, flush=True)
-    for size in a.sizes:
+    return a
+
+
+def main(a, command):
+    prepare(a, ["bench.py", *command])
+    cuda = a.device.type == "cuda"
+    a.rounds, a.block = a.rounds or (30 if cuda else 60), a.block or (20 if cuda else 1)
+    a.tokens = a.tokens or (16384 if cuda else 2048)
+    a.strategies, a.ways = (a.strategies or STRATEGIES.get(a.what, "")).split(","), a.ways.split(",")
+    for size in (a.sizes or ("llama_0.12b" if cuda else "quickstart")).split(","):
         VERBS[a.what](size, a)
         torch._dynamo.reset()  # compiled code may hold on to a model
 
@@ -529,6 +489,6 @@ def main(args=None):
 if __name__ == "__main__":
     streams()
     try:
-        main()
+        main(asked, sys.argv[1:])
     except ConfigError as e:
         refuse(e)

@@ -3,10 +3,10 @@ The paper's theory as a picture: results/theory_light.svg and results/theory_dar
 
     python results/theory.py
 
-The paper's Setting 2.1 (arXiv 2605.26895): x ~ N(0, I), a linear teacher W*, squared loss, gradient flow from W = 0 with
-every scale vector at 1. N(x) is white, so the loss is ½ ‖A − W*‖², where A is the student's effective matrix: W diag(γ)
-for a branch with a scale vector. The upper row is the paper's figure 11, for OR. The lower row shows the same three
-claims for DP. At the right are Theorems 2.2 and 2.3. tests/test_theory.py checks all of them.
+The paper's Setting 2.1 (arXiv 2605.26895): x ~ N(0, I), a linear teacher W*, squared loss, gradient flow from W = 0
+with every scale vector at 1. N(x) is white, so the loss is ½ ‖A − W*‖², where A is the student's effective matrix:
+W diag(γ) for a branch with a scale vector. The upper row is the paper's figure 11, for OR. The lower row shows the
+same three claims for DP. At the right are Theorems 2.2 and 2.3. tests/test_theory.py checks all of them.
 """
 
 import math

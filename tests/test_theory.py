@@ -94,8 +94,8 @@ def test_folding_scale_vectors_leaves_the_function_unchanged(arch, placement, he
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Theorem 2.2: γ speeds up the flow. Column j of W̃ moves by −P_j G_j with P_j = γ_j² I + w_j w_jᵀ, whose eigenvalues are
-# γ_j² and γ_j² + ‖w_j‖². A γ of its own gives each branch its own P_j; a shared one couples the branches.
+# Theorem 2.2: γ speeds up the flow. Column j of W̃ moves by −P_j G_j with P_j = γ_j² I + w_j w_jᵀ, whose eigenvalues
+# are γ_j² and γ_j² + ‖w_j‖². A γ of its own gives each branch its own P_j; a shared one couples the branches.
 
 
 def predicted(b):
