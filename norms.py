@@ -200,7 +200,7 @@ class Branches(nn.Module):
         ((c, u, v),) = self.vectors()
         V = scaled_cast([self.weight[c]], [None], [v], dtype)
         # In pieces, each rounded once: a bf16 product over 50,304 rows may round its partial sums to bf16 (split-K).
-        pieces = math.gcd(len(V), 32)
+        pieces = math.gcd(len(V), 32) if dtype.itemsize < 4 else 1
         G = V.view(pieces, -1, V.size(1))
         G = (G.mT @ G).to(torch.promote_types(dtype, torch.float32)).sum(0) * (V.size(1) / len(V))
         return scaled_cast([self.weight[c]], [u], [v], dtype), G

@@ -95,11 +95,11 @@ class Settings(GPTConfig):
 
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, one by one, AdamW for the rest
-    lr: Amount = 2e-3  # peak learning rate
+    lr: Amount = 6e-3  # peak learning rate
     scale_lr_mult: Amount = 1.0  # times lr, for scale vectors
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
     min_lr_frac: Fraction = 0.05  # of lr, where cosine ends; wsd ends at 0
-    warmup_steps: Whole = 50  # steps of linear warm-up
+    warmup_steps: Whole = 100  # steps of linear warm-up
     decay_frac: Fraction = 0.2  # of all steps: wsd's decay
     shard_optimizer: bool = False  # ZeRO-1: each process keeps a share of the optimizer's state
     weight_decay: Amount = 0.1  # on matrices, embeddings, and scale_decay's γ
@@ -110,14 +110,14 @@ class Settings(GPTConfig):
     grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping
     # data and steps
     dataset: str = "pysrc"  # a folder under data/, or a path with a slash in it
-    batch_tokens: Count = 4096  # tokens in an optimizer step, over all processes
+    batch_tokens: Count = 2048  # tokens in an optimizer step, over all processes
     micro_batch: Count = 16  # sequences in a forward pass of one process, at most
-    max_steps: Count = 700  # optimizer steps
+    max_steps: Count = 1000  # optimizer steps
     stop_at: Whole = 0  # stop after this step, with the schedule of max_steps; --resume=True goes on; 0 is no stop
-    eval_interval: Count = 100  # steps between evaluations
+    eval_interval: Count = 250  # steps between evaluations
     eval_tokens: Whole = 131072  # tokens of an evaluation, spread evenly over the validation split; 0 is all of it
     log_interval: Count = 10  # steps between rows of the log
-    save_interval: Count = 100  # steps between checkpoints
+    save_interval: Count = 250  # steps between checkpoints
     # the run
     init_from: str = ""  # start from weights and shape of a folder by export.py, or of a Hugging Face Llama or Mixtral
     seed: Seed = 1  # of the initial weights and the order of the data

@@ -1,1 +1,1 @@
-"""Corpora and the code that reads them; a package so that `import data` finds this folder, not a site-package."""
+"""Corpora and the code that reads them; a package so that `import data` finds this folder and not an installed one."""

@@ -1,7 +1,7 @@
 """
-What the prepare.py scripts share: from files of text to a folder of tokens, and a command line that fails tidily.
+What the prepare.py scripts share: turning text files into a folder of tokens, and a command line with one-line errors.
 
-Knows tokens.py and configurator.py.
+Imports tokens.py and configurator.py.
 """
 
 import hashlib
@@ -20,9 +20,10 @@ from data.tokens import UNFINISHED, BinWriter, DataError, load_tokenizer, write_
 
 def find_files(root, ignored):
     """
-    The files under root, [(path inside root, with slashes, path)]. ignored: tells of a name whether to pass it over.
-    What cannot be text (links to folders or to nothing, FIFOs, devices) is counted on stderr. Raises DataError for a
-    folder that cannot be listed, because a corpus without it would be another one.
+    The files under root and its sub-folders, [(path inside root, with slashes, path)]. ignored(name) is True for the
+    names of files and folders to leave out. Links to folders, dangling links and special files are left out too, and
+    counted on stderr. Raises DataError for a folder that cannot be listed: without it the corpus would be a different
+    one.
     """
     def stop(error):
         raise error
@@ -35,22 +36,25 @@ def find_files(root, ignored):
             for path in (Path(folder, name) for name in names + links if not ignored(name)):
                 (found if path.is_file() else left_out).append(path)
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; put that right and run this again") from None
+        raise DataError(f"{error.filename}: {error.strerror}; fix that and run the same command again") from None
     if left_out:
-        print(f"{root}: {len(left_out)} left out, which are links to folders or to nothing, or special files; the "
-              f"first is {left_out[0]}", file=sys.stderr)
+        print(f"{root}: left out {len(left_out)} links to folders, dangling links and special files; the first is "
+              f"{left_out[0]}", file=sys.stderr)
     return [(path.relative_to(root).as_posix(), path) for path in found]
 
 
 def goes_to_val(key):
-    """About 5% of files, by a hash of the name: it splits the same on every machine and whatever else is there."""
+    """
+    True for about 5% of keys, by their hash: the split is the same on every machine and does not depend on what other
+    files there are.
+    """
     return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], "big") % 100 < 5
 
 
 def encode_file(path, tokenizer):
     """
-    One file as one document, (n,) uint16, or None if it is no text: not UTF-8, empty, with NULs.
-    Raises DataError if it cannot be read: a corpus without it would be another one.
+    One file as one document, (n,) uint16, or None if it is not text: not UTF-8, empty, or with NULs.
+    Raises DataError if it cannot be read: without it the corpus would be a different one.
     """
     try:
         with open_file(path) as file:
@@ -58,14 +62,15 @@ def encode_file(path, tokenizer):
     except UnicodeDecodeError:
         return None
     except (ConfigError, OSError) as error:
-        raise DataError(f"{error}; nothing was written. Mend it or move it away, and run this again") from None
+        raise DataError(f"{error}; nothing was written. Fix or move it and run the same command again") from None
     return np.insert(tokenizer.encode(text), 0, tokenizer.separator) if text and "\0" not in text else None
 
 
 def in_threads(function, items):
     """
-    Yields function(item) for each item in order, worked out on every core, a few items ahead of what was asked for.
-    Threads, because tiktoken lets go of the interpreter's lock; and unlike a process none can be killed by itself.
+    Yields function(item) for each item, in order, computed by one thread per core a few items ahead of the caller.
+    Threads, because tiktoken releases the interpreter's lock; and the system cannot kill one of them, as it can a
+    worker process.
     """
     pool, pending = ThreadPoolExecutor(os.cpu_count()), deque()
     try:
@@ -76,19 +81,19 @@ def in_threads(function, items):
         for future in pending:
             yield future.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C nothing is begun any more
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C no further item is started
 
 
 def write_corpus(files, out, tokenizer, unit=str):
     """
-    Tokenises files into out/train.bin, out/val.bin and out/meta.json. What was in the folder stays as it was until all
-    is complete.
+    Tokenises files into out/train.bin, out/val.bin and out/meta.json. An older corpus in the folder stays as it was
+    until all three are complete.
 
-    files: [(key, path)], in the order of their keys · tokenizer: 'bytes' or 'gpt2'
-    unit: maps a key to the name whose hash decides the split; files with one name stay on one side
-    Raises DataError if no file holds text, or one cannot be read.
+    files: [(key, path)], written in the order of their keys · tokenizer: 'bytes' or 'gpt2'
+    unit: maps a key to the name whose hash decides the split; files with the same name stay on one side
+    Raises DataError if no file holds text, or if one cannot be read.
     """
-    # Names are bytes, and the characters that stand for them depend on the locale.
+    # By bytes, because the characters that Python decodes a file name to depend on the locale.
     files, tok = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     skipped = 0
@@ -100,8 +105,8 @@ def write_corpus(files, out, tokenizer, unit=str):
             else:
                 (val if goes_to_val(unit(key)) else train).write(tokens)
         if train.count + val.count == 0:
-            raise DataError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; name other files")
-        # Few files may all fall on one side.
+            raise DataError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; choose other files")
+        # A few files may all fall on one side.
         if not train.count:
             train.write(val.cut(val.count))
         if not val.count:
@@ -115,7 +120,10 @@ def write_corpus(files, out, tokenizer, unit=str):
 
 
 def begin(out):
-    """Marks a folder as unfinished until finish(): a kill in between leaves files of two corpora in it."""
+    """
+    Marks a folder as unfinished, until finish() is called. A kill between the renames of train.bin and val.bin leaves
+    files of two corpora, and the old meta.json would describe both wrongly.
+    """
     (out / UNFINISHED).touch()
     (out / "meta.json").unlink(missing_ok=True)
 
@@ -127,12 +135,12 @@ def finish(out, tokenizer):
 
 
 def home(path):
-    """A path, with ~ as the home folder: the type of an argument."""
+    """The type of a path on the command line; ~ is the home folder."""
     return Path(os.path.expanduser(path))
 
 
 def command_line(prepare, parser):
-    """Runs prepare with the command line's arguments; what the user can fix is one line on stderr and exit code 2."""
+    """Runs prepare with the command line's arguments. A mistake of the user is one line on stderr and exit code 2."""
     streams()
     arguments = vars(parser.parse_args())
     try:
@@ -141,6 +149,6 @@ def command_line(prepare, parser):
         parser.exit(2, f"{error}\n")
     except OSError as error:  # a full disk, a folder that cannot be written
         where = error.filename or arguments["out"] or parser.prog
-        parser.exit(2, f"{where}: {error.strerror or error}; make room or name another --out\n")
+        parser.exit(2, f"{where}: {error.strerror or error}; make room or choose another --out\n")
     except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command starts again from what is complete\n")
+        parser.exit(130, "interrupted; the same command continues from what is complete\n")

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import sys
@@ -38,6 +39,16 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
+def gpt2():
+    """GPT-2's tokenizer; the test is skipped where its files are missing."""
+    from data.tokens import DataError, load_tokenizer
+    try:
+        return load_tokenizer("gpt2")
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def settings(corpus, tmp_path):
     """A function that makes the settings of a run of a second or so; keywords change them."""
     from settings import Settings
@@ -67,3 +78,15 @@ def nobody():
 def snapshot(folder):
     """What every file of a folder holds, to see that nothing changed."""
     return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@contextlib.contextmanager
+def refused(*parts, error=None):
+    """What happens inside raises an error of one line, which holds these parts."""
+    from data.tokens import DataError
+    with pytest.raises(error or DataError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message

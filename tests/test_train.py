@@ -334,7 +334,7 @@ def test_a_flipped_bit_is_seen(settings):
 
 @pytest.mark.parametrize("change,message", [
     (dict(), "holds a run already: go on with --resume=True"),
-    (dict(resume=True, lr=0.5, max_steps=20), r"has other settings: lr 0.002 \(here 0.5\)"),
+    (dict(resume=True, lr=0.5, max_steps=20), r"has other settings: lr 0.006 \(here 0.5\)"),
 ])
 def test_a_folder_with_a_run_is_not_touched(settings, change, message):
     main(settings())

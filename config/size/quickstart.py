@@ -2,7 +2,7 @@
 n_layer, n_head, n_embd = 4, 4, 128
 vocab_size, block_size = 256, 256
 dataset = "pysrc"
-batch_tokens, micro_batch = 4096, 16
-max_steps = 700
-lr, warmup_steps = 2e-3, 50
-eval_interval, eval_tokens, save_interval = 100, 131072, 100
+batch_tokens, micro_batch = 2048, 16
+max_steps = 1000
+lr, warmup_steps = 6e-3, 100
+eval_interval, eval_tokens, save_interval = 250, 131072, 250

@@ -1,6 +1,6 @@
-"""FineWeb, tokenised for GPT-2 already: shards of 100M tokens (200 MB), `kjj0/fineweb10B-gpt2` on Hugging Face.
+"""FineWeb in GPT-2 tokens: downloads shards of 100M tokens (200 MB) of `kjj0/fineweb10B-gpt2` from Hugging Face.
 
-Whole shards are kept: the same command goes on with the first that is missing. HF_ENDPOINT=URL names a mirror.
+Complete shards are kept: the same command continues with the first missing one. Set HF_ENDPOINT=URL to use a mirror.
 """
 
 import os
@@ -21,7 +21,7 @@ REPO = "kjj0/fineweb10B-gpt2"
 def prepare(shards=8, out=HERE / "fineweb"):
     """Downloads the validation shard and the first training shards. Raises DataError."""
     if not 1 <= shards <= 103:
-        raise DataError(f"--shards {shards}: there are 103 training shards; ask for 1 to 103")
+        raise DataError(f"--shards {shards}: there are 103 training shards; choose 1 to 103")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -31,16 +31,16 @@ def prepare(shards=8, out=HERE / "fineweb"):
         try:
             open_tokens(out / name)
             continue
-        except ConfigError:  # missing, or not whole
+        except ConfigError:  # missing or incomplete
             pass
         try:
             downloaded = hf_hub_download(REPO, name, repo_type="dataset", local_dir=out / "download.part")
-        except Exception as error:  # of the network, the server, the storage, the disk: they share no class
+        except Exception as error:  # network, server, storage and disk errors have no class in common
             reason = str(error.__cause__ or error).partition("\n")[0]
             raise DataError(f"{REPO}, {name}: not downloaded ({reason}); check the network and the disk, then run "
                             "the same command again") from None
         os.replace(downloaded, out / name)
-        open_tokens(out / name)  # refuses a damaged one
+        open_tokens(out / name)  # raises if it is damaged
     shutil.rmtree(out / "download.part", ignore_errors=True)
     finish(out, GPT2Tokenizer)
 
@@ -48,6 +48,6 @@ def prepare(shards=8, out=HERE / "fineweb"):
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--shards", type=int, default=8,
-                        help="training shards to have, 1 to 103 (default: %(default)s)")
+                        help="number of training shards, 1 to 103 (default: %(default)s)")
     parser.add_argument("--out", type=home, default=HERE / "fineweb", help="folder to write (default: data/fineweb)")
     command_line(prepare, parser)

@@ -1,7 +1,7 @@
-"""The Python source on this machine as a corpus: the standard library, or all that is installed. No network.
+"""The Python source on this machine as a corpus: the standard library, or everything installed. Needs no network.
 
-Source that is not UTF-8 text is skipped. About 5% of the files go to validation, by a hash of their path. Folders whose
-files are near-duplicates of each other (encodings, lib2to3) stay on one side of the split.
+Files that are not UTF-8 are skipped. About 5% of the files go to validation, by a hash of their path. A folder whose
+files are near-duplicates of each other (encodings, lib2to3) stays on one side of the split.
 """
 
 import os
@@ -17,21 +17,21 @@ from data.corpus import command_line, find_files, home, write_corpus
 from data.tokens import HERE
 
 
-# More than half of the lines of a code page in encodings/ are in other code pages too; lib2to3 keeps two copies of the
-# grammar's test. No other folder of the standard library repeats itself so.
+# More than half of the lines of a code page in encodings/ are in other code pages too, and lib2to3 has two copies of
+# the grammar's test. No other folder of the standard library repeats itself as much.
 UNITS = {"encodings", "lib2to3"}
 
 
 def unit(key):
-    """What goes to one side of the split as a whole: a file, or the folder of UNITS that it is in."""
+    """What stays on one side of the split: the file itself, or its folder where that is one of UNITS."""
     top = key.partition("/")[0]
     return top if top in UNITS else key
 
 
 def source_files(site_packages=False):
     """
-    [(path relative to its root, path)] of the .py files of the standard library, and of what is installed if asked.
-    The relative path is the same on every machine, so is the split made by it.
+    The .py files of the standard library, and of the installed packages if asked: [(path inside its root, path)].
+    The path inside the root is the same on every machine, so the split is too.
     """
     names = ["stdlib"] + ["purelib", "platlib"] * site_packages
     skip = {"site-packages", "dist-packages", "__pycache__"}
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="bytes",
                         help="bytes (vocabulary 256) or GPT-2 byte pairs (50257) (default: %(default)s)")
     parser.add_argument("--site_packages", action="store_true",
-                        help="add all that is installed to the standard library")
+                        help="add the installed packages to the standard library")
     parser.add_argument("--out", type=home, help="folder to write (default: data/pysrc; with _gpt2 and _site appended "
                                                  "for --tokenizer gpt2 and --site_packages)")
     command_line(prepare, parser)

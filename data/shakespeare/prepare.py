@@ -28,9 +28,9 @@ def prepare(source=None, out=HERE / "shakespeare"):
         with open_file(source) if source else urlopen(URL, timeout=60) as file:
             text = file.read()
     except (OSError, HTTPException) as error:
-        raise DataError(f"{source or URL}: cannot be read ({error}); name a copy with --from FILE") from None
+        raise DataError(f"{source or URL}: cannot be read ({error}); give a copy with --from FILE") from None
     if hashlib.sha256(text).hexdigest() != SHA256:
-        raise DataError(f"{source or URL}: not tiny Shakespeare, its sha256 differs; name a copy with --from FILE")
+        raise DataError(f"{source or URL}: not tiny Shakespeare, its sha256 differs; give a copy with --from FILE")
     tokens = np.frombuffer(text, np.uint8)
     out.mkdir(parents=True, exist_ok=True)
     with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:

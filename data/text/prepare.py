@@ -1,7 +1,7 @@
 """Any folder of UTF-8 text files as a corpus.
 
-Files that are hidden, or not UTF-8 text, are skipped. About 5% of the files go to validation, by a hash of their path
-inside the folder; where there are too few for that, the last 5% of the tokens.
+Hidden files and files that are not UTF-8 are skipped. About 5% of the files go to validation, by a hash of their path
+inside the folder. With too few files for that, the last 5% of the tokens do.
 """
 
 import os
@@ -17,27 +17,27 @@ from data.tokens import HERE, DataError
 
 
 def prepare(folder, glob=None, tokenizer="bytes", out=HERE / "text"):
-    """Writes the corpus of the files that match a pattern of the list and returns its folder. Raises DataError."""
+    """Writes a corpus of the files that match one of the patterns in glob and returns its folder. Raises DataError."""
     glob = glob or ["*"]
     files = find_files(folder, lambda name: name.startswith("."))
     try:
         chosen = {path for pattern in glob for path in folder.rglob(pattern)}
     except (ValueError, NotImplementedError) as error:  # empty, absolute
-        raise DataError(f"--glob {' '.join(glob)}: {error}; a pattern is like *.txt") from None
-    # Our own meta.json is text too, and would make a second run differ from the first.
+        raise DataError(f"--glob {' '.join(glob)}: {error}; a pattern looks like *.txt") from None
+    # Where out is the folder itself, our own meta.json would make a second run differ from the first.
     own = os.path.realpath(out / "meta.json")
     files = [(key, path) for key, path in files if path in chosen and os.path.realpath(path) != own]
     if not files:
-        raise DataError(f"{folder}: no files match {' '.join(glob)}; name another folder or --glob")
+        raise DataError(f"{folder}: no files match {' '.join(glob)}; choose another folder or --glob")
     write_corpus(files, out, tokenizer)
     return out
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=home, metavar="FOLDER", help="where the text is, in subfolders too")
+    parser.add_argument("folder", type=home, metavar="FOLDER", help="folder of text files, which may have sub-folders")
     parser.add_argument("--glob", action="append", metavar="PATTERN",
-                        help="which files, such as '*.txt'; may be repeated (default: all)")
+                        help="which files, such as '*.txt'; can be repeated (default: all)")
     parser.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="bytes",
                         help="bytes (vocabulary 256) or GPT-2 byte pairs (50257) (default: %(default)s)")
     parser.add_argument("--out", type=home, default=HERE / "text",
