@@ -1,169 +1,306 @@
 """
-Pictures as PNG and SVG, of runs of train.py beside each other and of what ablate.py leaves:
+Draw runs of train.py, or the results of ablate.py:
 
-    python plot.py out/baseline out/unified    losses, their difference, and every γ, from the runs' own logs
-    python plot.py out/ablate/buildup          everything that its CSVs have data for, beside them
-    python plot.py results/* --gamma=+HG       the γ of this arm, not of the one with most scale parameters
+    python plot.py out/baseline out/unified    loss differences to the first run, and every γ, from the runs' logs
+    python plot.py results/figure5             every picture that its CSVs have data for, in that folder
+    python plot.py results/* --gamma HG        the γ of this arm, not of the one with the most scale parameters
 
-curves     losses over tokens, and the difference to the reference, which of runs is the first
-gammas     every γ over time, by layer and branch
-ablation   each arm's difference to its reference with its interval, and the spread of the reference
-directions the magnitude of every γ (β under OR) and the angle its direction has turned
-scaling    L = a C^(-b), where arms are named 'strategy at size'
+curves     loss differences to the reference over tokens; one panel per reference
+ablation   the differences at the end with their intervals, sorted; one panel per reference
+scaling    the differences over compute, where arms are named 'strategy at size'
+gammas     every γ of one arm over time, by layer and branch
+magnitudes how long the vectors of each place are over time, by arm
 
-Pictures of runs go to the first one's folder, or to --out.
+Each is a PNG and two SVGs, for light and dark pages. Pictures of runs go to the first run's folder, or to --out FOLDER.
 """
 
 import math
 import re
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from cycler import cycler
+from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter
 
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import ConfigError, refuse, streams
-from stats import PF_DAY, mean_and_half_width, read_csv, scaling_fits, summarise
+from stats import PF_DAY, mean_and_half_width, paper_numbers, read_csv, scaling_fits, summarise
+from suites import readable
 
-# A card of its own: GitHub shows a picture on white and on near-black, and a transparent one is lost on either.
-PAPER, INK, PALE = "#fbfaf7", "#24292f", "#d9d6cf"
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56a0c9", "#7b3fa0", "#a0522d", "#5f8f2f", "#c0392b"]
-STYLE = {"figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "font.size": 9,
-         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": PALE,
-         "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.titlesize": 9, "legend.frameon": False,
-         "legend.fontsize": 8, "lines.linewidth": 1.4, "figure.constrained_layout.use": True,
-         "svg.hashsalt": "nanoScale"}  # without a salt of ours the same data gives another SVG each time
 WIDTH = 8.3  # inches; at 100 to the inch, GitHub's column
+THEMES = {  # background, text, grid, and Okabe and Ito's colours, which colour-blind readers can tell apart
+    "light": ("#fbfaf7", "#24292f", "#d9d6cf", ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56a0c9",
+                                                "#7b3fa0", "#5f8f2f"]),
+    "dark": ("#161b22", "#e6edf3", "#3d444d", ["#56b4e9", "#e69f00", "#2fc99e", "#e79ac6", "#f0e442", "#7aa7ff",
+                                               "#c39bf0", "#a5d46a"])}
 
 
-def save(figure, folder, name):
-    """Write name.png and name.svg into folder, the same bytes for the same data, and say so."""
-    figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-    print(f"{folder}/{name}.png and .svg")
+def style(theme):
+    """matplotlib's settings for a theme."""
+    paper, ink, grid, colours = THEMES[theme]
+    return {"figure.facecolor": paper, "axes.facecolor": paper, "savefig.facecolor": paper, "font.size": 9,
+            "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink, "ytick.color": ink,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": grid,
+            "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.titlesize": 9, "axes.titlelocation": "left",
+            "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.4,
+            "axes.prop_cycle": cycler(color=colours), "figure.constrained_layout.use": True,
+            "text.parse_math": False,  # a run may be called $x_1$
+            "svg.hashsalt": "nanoScale"}  # without a salt of ours the same data gives another SVG each time
 
 
-def line_styles(arms):
-    """{arm: keywords of ax.plot}: an only reference in ink, one of several dashed in the colour of what has it."""
-    compared = [name for name, a in arms.items() if a["reference"]]
-    styles = {name: {"color": COLOURS[i % len(COLOURS)]} for i, name in enumerate(compared)}
-    references = [name for name in arms if name not in compared]
-    for name in references:
-        mine = [n for n in compared if arms[n]["reference"] == name]
-        styles[name] = {"color": styles[mine[0]]["color"], "dashes": (3, 1.5)} if mine and references[1:] else {
-            "color": INK}
-    return styles
+def colour(i):
+    colours = rcParams["axes.prop_cycle"].by_key()["color"]
+    return colours[i % len(colours)]
+
+
+def draw(folder, makers):
+    """Write the Figure that each of {name: function} makes, in each theme; the same bytes for the same data."""
+    for theme in THEMES:
+        with rc_context(style(theme)):
+            for name, make in makers.items():
+                figure = make()
+                figure.savefig(folder / f"{name}_{theme}.svg", metadata={"Date": None, "Creator": None})
+                if theme == "light":
+                    figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
+    for name in makers:
+        print(f"{readable(folder)}/{name}.png, {name}_light.svg and {name}_dark.svg")
+
+
+def finite(text):
+    """The number in a CSV's field; None for an empty one, and for what a run that diverged leaves."""
+    try:
+        return float(text) if math.isfinite(float(text)) else None
+    except (TypeError, ValueError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # the comparison
 
 
-def plot_ablation(folder, arms):
-    compared = {name: a for name, a in arms.items() if "delta" in a and not a["same"]}
-    if not compared:
-        return
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.34 * len(compared)))
-    ax = figure.subplots()
-    for y, (name, a) in enumerate(compared.items()):
-        spread = mean_and_half_width(list(arms[a["reference"]]["losses"].values()))[1]
-        if spread:
-            spread *= math.sqrt(2)  # two sets of the reference's runs with nothing in common
-            ax.barh(y, 2 * spread, left=-spread, height=0.7, color=PALE, zorder=0,
-                    label="the reference against itself, other seeds" if y == 0 else None)
-        ax.errorbar(a["delta"], y, xerr=a["half"], fmt="o", color=COLOURS[0], capsize=3, markersize=6,
-                    markerfacecolor=PAPER if a["verdict"] == "not significant" else COLOURS[0])
-    ax.axvline(0, color=INK, linewidth=0.8)
-    references = {a["reference"] for a in compared.values()}
-    ax.set_yticks(range(len(compared)), [name if len(references) == 1 else f"{name}  vs  {a['reference']}"
-                                         for name, a in compared.items()])
-    ax.invert_yaxis()
-    ax.grid(False, axis="y")
-    pairs = [a["pairs"] for a in compared.values()]
-    seeds = " to ".join(map(str, sorted({min(pairs), max(pairs)})))
-    against = f"{references.pop()}'s" if len(references) == 1 else "the reference's"
-    figure.supxlabel(f"validation loss minus {against}, nats (95% interval over {seeds} paired seeds); "
-                     "filled: better or worse by the corrected test", fontsize="medium")  # the axis may be too short
-    if ax.patches:
-        figure.legend(loc="outside upper right")
-    save(figure, folder, "ablation")
-
-
-def by_seed(curves, column="val_loss"):
-    """{arm: (tokens (k,), losses (seeds, k))} from rows of logs, at the steps that all seeds have."""
-    runs = defaultdict(lambda: defaultdict(dict))
-    for row in curves:
-        if row.get(column):
-            runs[row["arm"]][row["seed"]][int(row["tokens"])] = float(row[column])
-    found = {}
-    for arm, seeds in runs.items():
-        tokens = sorted(set.intersection(*(set(run) for run in seeds.values())))
-        found[arm] = np.array(tokens), np.array([[seeds[s][t] for t in tokens] for s in sorted(seeds)])
+def panels(names, arms):
+    """{reference: the arms that are compared with it}."""
+    found = defaultdict(list)
+    for name in names:
+        found[arms[name]["reference"]].append(name)
     return found
 
 
-def plot_curves(folder, arms, curves):
-    losses, style = by_seed(curves), line_styles(arms)
-    compared = [name for name, a in arms.items() if a["reference"] in losses and name in losses]
-    single = all(len(values) == 1 for _, values in losses.values())
-    figure = Figure(figsize=(WIDTH, 5.4 if compared else 3.2))
-    axes = np.atleast_1d(figure.subplots(2 if compared else 1, 1, sharex=True))
-    ends = []
-    for name in (name for name in arms if name in losses):
-        tokens, values = losses[name]
-        mean = values.mean(0)
-        axes[0].plot(tokens, mean, **style[name], label=name)
-        draw_band(axes[0], tokens, values.min(0), values.max(0), style[name]["color"])
-        # from a fifth of the run on: the fall from log(vocabulary) would flatten all that differs
-        ends += [np.interp(tokens[-1] / 5, tokens, mean), mean.min()]
-    for name, (tokens, values) in by_seed(curves, "train_loss").items() if single else ():
-        axes[0].plot(tokens, values[0], **{**style[name], "linewidth": 0.7}, alpha=0.3, zorder=0)
-    margin = 0.05 * (max(ends) - min(ends)) or 0.1
-    axes[0].set_ylim(min(ends) - margin, max(ends) + margin)
-    axes[0].set_ylabel("validation loss, nats")
-    axes[0].set_title("faint: training loss" if single else "mean over seeds; bands: all seeds", loc="left")
-    reach = 0.005
-    for name in compared:
-        tokens, here, there = common(losses[name], losses[arms[name]["reference"]])
-        mean = (here - there).mean(0)
-        sd = (here - there).std(0, ddof=1) if len(here) > 1 else 0.0
-        axes[1].plot(tokens, mean, **style[name])
-        draw_band(axes[1], tokens, mean - sd, mean + sd, style[name]["color"])
-        reach = max(reach, 4 * abs(mean[-1]))
-    if compared:
-        axes[1].axhline(0, color=INK, linewidth=0.8)
-        axes[1].set_ylim(-reach, reach)
-        axes[1].set_ylabel("difference, nats")
-        axes[1].set_title("one run each: another seed would move this line" if single else
-                          "in pairs of equal seed; bands: a standard deviation of the pairs", loc="left")
-    axes[-1].set_xlabel("tokens")
-    axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
-    figure.legend(loc="outside lower center", ncols=4)
-    save(figure, folder, "curves")
+def finding(compared):
+    """What the comparisons say, as a title. compared: {arm: a dict of summarise()}."""
+    tested = {name: a for name, a in compared.items() if a.get("p") is not None}
+    if not tested:
+        return "One pair of runs each: another seed would move these differences"
+    if len(tested) == 1:
+        (name, a), = tested.items()
+        return (f"{name} is {a['verdict']} than {a['reference']} by {abs(a['delta']):.4f} nats"
+                if a["verdict"] != "not significant" else f"No significant difference of {name} to {a['reference']}")
+    said = []
+    for verdict in ("better", "worse", "not significant"):
+        names = sorted((name for name in tested if tested[name]["verdict"] == verdict),
+                       key=lambda name: tested[name]["delta"])
+        if names:
+            few = len(names) < 5 and not any("," in name for name in names)
+            said.append(f"{verdict}: {', '.join(names) if few else f'{len(names)} of {len(tested)}'}")
+    said[0] = said[0][0].upper() + said[0][1:]
+    return "; ".join(said)
 
 
-def draw_band(ax, x, low, high, colour):
-    ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+def grid_of(figure, n, columns, **kw):
+    """n axes, `columns` to a row."""
+    axes = figure.subplots(-(-n // columns), columns, squeeze=False, **kw).ravel()
+    for ax in axes[n:]:
+        ax.set_visible(False)
+    return axes[:n]
 
 
-def common(a, b):
-    """(tokens, losses of a, losses of b) of two by_seed() entries, where both were evaluated."""
-    tokens = np.intersect1d(a[0], b[0])
-    return tokens, a[1][:, np.isin(a[0], tokens)], b[1][:, np.isin(b[0], tokens)]
+def label_ends(ax, ends):
+    """Write each name beside the end of its line, without overlap. ends: (y, name, colour)."""
+    low, high = ax.get_ylim()
+    gap, last, placed = 0.055 * (high - low) * 2.6 / ax.figure.panel_height, -math.inf, []
+    for y, name, c in sorted(ends):
+        last = max(y, last + gap)
+        placed.append((last, y, name, c))
+    shift = sum(at - y for at, y, _, _ in placed) / len(placed)
+    for at, _, name, c in placed:
+        ax.annotate(readable(name), (1, at - shift), xycoords=("axes fraction", "data"), xytext=(6, 0), color=c,
+                    textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
+
+
+def by_seed(curves, column="val_loss"):
+    """{arm: (tokens (k,), losses (seeds, k))} from rows of logs, at the steps that all seeds have a number for."""
+    runs = defaultdict(lambda: defaultdict(dict))
+    for row in curves:
+        if (value := finite(row.get(column))) is not None:
+            runs[row["arm"]][row["seed"]][int(row["tokens"])] = value
+    found = {}
+    for arm, seeds in runs.items():
+        if tokens := sorted(set.intersection(*(set(run) for run in seeds.values()))):
+            found[arm] = np.array(tokens), np.array([[seeds[s][t] for t in tokens] for s in sorted(seeds)])
+    return found
+
+
+def differences(arms, losses):
+    """{arm: (tokens (k,), differences to its reference (seeds, k))}, without step 0, where there are any."""
+    found = {}
+    for name, a in arms.items():
+        if name in losses and a["reference"] in losses:
+            here, there = losses[name], losses[a["reference"]]
+            tokens = np.intersect1d(here[0], there[0])
+            tokens = tokens[tokens > 0]
+            if len(tokens):
+                found[name] = tokens, (here[1][:, np.isin(here[0], tokens)] - there[1][:, np.isin(there[0], tokens)])
+    return found
+
+
+def curves(arms, found, paper):
+    """A panel per reference: differences() over tokens. paper: {(arm, reference): (model, nats)}."""
+    groups = panels(found, arms)
+    columns = min(2, len(groups))
+    figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * -(-len(groups) // columns)))
+    figure.panel_height = 2.6
+    marked = []
+    for ax, (reference, names) in zip(grid_of(figure, len(groups), columns), groups.items()):
+        ends, reach = [], [0.0]
+        for i, name in enumerate(names):
+            tokens, values = found[name]
+            mean, sd = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+            ax.plot(tokens, mean, color=colour(i), marker="." if len(tokens) < 6 else None)
+            ax.fill_between(tokens, mean - sd, mean + sd, color=colour(i), alpha=0.15, linewidth=0)
+            ends.append((mean[-1], name, colour(i)))
+            reach += mean[tokens >= tokens[-1] / 5].tolist()  # differences of the first steps are far larger
+            if (name, reference) in paper:
+                model, number = paper[name, reference]
+                ax.plot(tokens[-1], number, "o", color=colour(i), markerfacecolor="none", clip_on=False)
+                marked, reach = [model], [*reach, number]
+        margin = 0.1 * (max(reach) - min(reach)) or 0.001
+        ax.set_ylim(min(reach) - margin, max(reach) + margin)
+        ax.axhline(0, color=rcParams["text.color"], linewidth=0.8)
+        label_ends(ax, ends)
+        ax.set_title(f"minus {readable(reference)}, nats")
+        ax.set_xlabel("tokens")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
+    several = any(len(values) > 1 for _, values in found.values())
+    figure.suptitle(readable(finding({name: arms[name] for name in found})), x=0.01, ha="left", fontsize=10, wrap=True)
+    figure.supxlabel("Validation loss minus the reference's"
+                     + (", mean over pairs of equal seed; bands: their standard deviation" if several else ""),
+                     fontsize=8)
+    explain_paper(figure, marked)
+    return figure
+
+
+def explain_paper(figure, marked):
+    if marked:
+        ring = Line2D([], [], marker="o", linestyle="", color=rcParams["text.color"], markerfacecolor="none")
+        figure.legend([ring], [f"paper, {marked[0]}"], loc="outside lower right")
+
+
+def loss_of_one_run(name, log):
+    """Training and validation loss of a run that is compared with none."""
+    figure = Figure(figsize=(WIDTH, 3.2))
+    ax = figure.subplots()
+    for column, width, alpha in (("train_loss", 0.7, 0.4), ("val_loss", 1.4, 1.0)):
+        for tokens, values in by_seed(log, column).values():
+            ax.plot(tokens, values[0], color=colour(0), linewidth=width, alpha=alpha)
+            if column == "val_loss":
+                later = values[0][tokens >= tokens[-1] / 5]  # the fall from log(vocabulary) would flatten the rest
+                margin = 0.1 * (later.max() - later.min()) or 0.1
+                ax.set_ylim(later.min() - margin, later.max() + margin)
+                ax.set_title(f"{readable(name)} ends at {values[0][-1]:.4f} nats (faint: training loss)")
+    ax.set_xlabel("tokens")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure
+
+
+def ablation(arms, compared, paper):
+    """A panel per reference: the arms' differences at the end, the best at the top."""
+    groups = {reference: sorted(names, key=lambda name: arms[name]["delta"])
+              for reference, names in panels(compared, arms).items()}
+    figure = Figure(figsize=(WIDTH, 1.2 + sum(0.55 + 0.27 * len(names) for names in groups.values())))
+    axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False,
+                           height_ratios=[1 + len(names) for names in groups.values()])[:, 0]
+    marked = []
+    for ax, (reference, names) in zip(axes, groups.items()):
+        spread = mean_and_half_width(list(arms[reference]["losses"].values()))[1]
+        if spread:
+            spread *= math.sqrt(2)  # two sets of the reference's runs with nothing in common
+            ax.axvspan(-spread, spread, color=rcParams["grid.color"], alpha=0.7, linewidth=0, zorder=0)
+        for y, name in enumerate(names):
+            a = arms[name]
+            ax.errorbar(a["delta"], y, xerr=a["half"], fmt="s", color=colour(0), capsize=3, markersize=5,
+                        markerfacecolor=colour(0) if a["verdict"] != "not significant" else rcParams["axes.facecolor"])
+            if (name, reference) in paper:
+                marked = [paper[name, reference][0]]
+                ax.plot(paper[name, reference][1], y, "o", color=colour(1), markerfacecolor="none", markersize=7)
+        ax.axvline(0, color=rcParams["text.color"], linewidth=0.8)
+        ax.set_yticks(range(len(names)), [readable(name) for name in names])
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.grid(False, axis="y")
+        ax.set_title(f"minus {readable(reference)}")
+    pairs = sorted({a["pairs"] for a in compared.values()})
+    figure.suptitle(readable(finding(compared)), x=0.01, ha="left", fontsize=10, wrap=True)
+    figure.supxlabel(f"Difference in validation loss, nats, over {' or '.join(map(str, pairs))} paired seeds; bars: "
+                     "intervals, corrected; filled: significant.\nGrey: how far the reference's mean over as many "
+                     "other seeds may lie from its own.", fontsize=8)
+    explain_paper(figure, marked)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# scaling
+
+
+def scaling(arms, fits):
+    """Paired differences over compute with their intervals, and the difference of the fits."""
+    figure = Figure(figsize=(WIDTH, 3.8))
+    figure.panel_height = 3.0
+    ax = figure.subplots()
+    reference, *others = fits
+    titles, ends, reach = [], [], [0.0]
+    for i, strategy in enumerate(others):
+        fit, largest = fits[strategy], max(m["flops"] for m in fits[strategy]["members"])
+        for name, a in arms.items():
+            if name.partition(" at ")[0] == strategy and "delta" in a:
+                ax.errorbar(a["flops"], a["delta"], yerr=a["half"], fmt="o", color=colour(i), capsize=3,
+                            markerfacecolor=rcParams["axes.facecolor"] if "," in name else colour(i))
+                half = (a["half"] or 0.0) if a["flops"] == largest else 0.0  # the smallest sizes' would hide the rest
+                reach += [a["delta"] - half, a["delta"] + half]
+        c = np.geomspace(min(m["flops"] for m in fit["members"]), largest, 100)
+        (a, b), (a0, b0) = fit["fit"], fits[reference]["fit"]
+        difference = a * (c / PF_DAY) ** -b - a0 * (c / PF_DAY) ** -b0
+        ax.plot(c, difference, color=colour(i))
+        ends.append((difference[-1], strategy, colour(i)))
+        if fit["ratio"]:
+            ratio, low, high = fit["ratio"]
+            titles.append(f"no significant saving of compute by {strategy}" if low <= 1 <= high else
+                          f"the {reference} needs {ratio:.2f} times ({low:.2f} … {high:.2f}) the compute of {strategy}")
+    margin = 0.1 * (max(reach) - min(reach)) or 0.001
+    ax.set_ylim(min(reach) - margin, max(reach) + margin)
+    label_ends(ax, ends)
+    ax.axhline(0, color=rcParams["text.color"], linewidth=0.8)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"1e{math.log10(x):.0f}"))
+    ax.xaxis.set_minor_formatter("")
+    ax.set_xlabel("training compute, FLOPs (hollow: another number of tokens per parameter, not fitted)")
+    ax.set_title(f"validation loss minus {readable(reference)}'s, nats; line: difference of the fits L = a C^(−b)")
+    figure.suptitle(readable("Fits: " + "; ".join(titles)), x=0.01, ha="left", fontsize=10, wrap=True)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # scale vectors
 
 SITES = {"attn.qkv.v": "attention, input", "attn.qkv.u": "attention, output", "attn": "QK-norm",
-         "ffn.gate_up.v": "FFN, input", "ffn.gate_up.u": "FFN, output", "": "post-norm", "lm_head.v": "LM head"}
+         "ffn.gate_up.v": "FFN, input", "ffn.gate_up.u": "FFN, output", "": "post-norm", "lm_head.v": "LM head, input",
+         "lm_head.u": "LM head, output", "lm_head": "LM head, output"}
 
 
 def place(name):
@@ -174,95 +311,73 @@ def place(name):
 
 
 def gamma_series(scales):
-    """{(layer, site, branch): {column: (k,)}} of one run's scales.csv, with 'step'."""
+    """{(layer, site, branch): {column: (k,)}} of one run's scales.csv, with 'step'; rows without a number are left."""
     rows = defaultdict(list)
     for row in scales:
-        rows[place(row["name"])].append(row)
-    numeric = ("step", "mean", "std", "norm", "cosine")
-    return {key: {c: np.array([float(r[c]) for r in group]) for c in numeric} for key, group in rows.items()}
+        values = {column: finite(row[column]) for column in ("step", "mean", "std", "norm")}
+        if None not in values.values():
+            rows[place(row["name"])].append(values)
+    return {key: {c: np.array([row[c] for row in group]) for c in group[0]} for key, group in rows.items()}
 
 
-def plot_gammas(folder, arm, series, name="gammas"):
+def gammas(arm, series):
+    """Mean and standard deviation over channels of every γ, a row of panels per place, a column per layer."""
     layers = sorted({layer for layer, _, _ in series if layer is not None})
     shown = layers if len(layers) <= 6 else [layers[round(i * (len(layers) - 1) / 5)] for i in range(6)]
     sites = list(dict.fromkeys(site for layer, site, _ in series if layer is not None))
     others = [key for key in series if key[0] is None]
     figure = Figure(figsize=(WIDTH, 0.9 + 1.45 * (len(sites) + bool(others))))
-    axes = figure.subplots(len(sites) + bool(others), len(shown), sharex=True, sharey="row", squeeze=False)
-    for i, site in enumerate(sites):
+    axes = figure.subplots(len(sites) + bool(others), max(1, len(shown)), sharex=True, sharey="row", squeeze=False)
+
+    def line(ax, s, i, label):
+        ax.plot(s["step"], s["mean"], color=colour(i), label=label)
+        ax.fill_between(s["step"], s["mean"] - s["std"], s["mean"] + s["std"], color=colour(i), alpha=0.15,
+                        linewidth=0)
+
+    for row, site in zip(axes, sites):
         branches = list(dict.fromkeys(b for _, s, b in series if s == site))
-        for j, layer in enumerate(shown):
+        for ax, layer in zip(row, shown):
             for n, branch in enumerate(branches):
                 if (layer, site, branch) in series:
-                    draw_gamma(axes[i, j], series[layer, site, branch], COLOURS[n], branch)
-            if i == 0:
-                axes[i, j].set_title(f"layer {layer}")
-        axes[i, 0].set_ylabel(SITES.get(site, site))
-        if axes[i, -1].lines:
-            axes[i, -1].legend(loc="best", handlelength=1)
+                    line(ax, series[layer, site, branch], n, branch)
+        row[0].set_ylabel(SITES.get(site, site))
+        if row[-1].lines:
+            row[-1].legend(loc="best", handlelength=1)
+    for ax, layer in zip(axes[0], shown):
+        ax.set_title(f"layer {layer}")
     if others:
+        for n, key in enumerate(others):
+            line(axes[-1, 0], series[key], n, SITES.get(key[1], key[1] or key[2]))
+        axes[-1, 0].legend(loc="best", handlelength=1)
         for ax in axes[-1, 1:]:
             ax.set_visible(False)
-        for n, key in enumerate(others):
-            draw_gamma(axes[-1, 0], series[key], COLOURS[n], key[2])
-        axes[-1, 0].set_ylabel(SITES.get(others[0][1], others[0][1]))
-        for ax in axes[-2, 1:]:
+        for ax in axes[-2, 1:] if sites else ():
             ax.tick_params(labelbottom=True)
-    figure.suptitle(f"{arm}: γ over steps, mean and standard deviation over channels", fontsize=9, x=0.01, ha="left")
-    save(figure, folder, name)
+    figure.suptitle(f"{readable(arm)}: γ over steps, mean and standard deviation over channels", fontsize=9, x=0.01,
+                    ha="left")
+    return figure
 
 
-def draw_gamma(ax, s, colour, label):
-    ax.plot(s["step"], s["mean"], color=colour, label=label)
-    draw_band(ax, s["step"], s["mean"] - s["std"], s["mean"] + s["std"], colour)
-
-
-def plot_directions(folder, arm, series):
-    figure = Figure(figsize=(WIDTH, 3.4))
-    left, right = figure.subplots(1, 2)
-    sites = list(dict.fromkeys(site for _, site, _ in series))
-    for (_, site, _), s in series.items():
-        colour = COLOURS[sites.index(site)]
-        start = s["norm"][0]  # √n: every γ begins as ones
-        left.plot(s["step"], s["norm"] / start, color=colour, linewidth=0.9)
-        right.plot(s["step"], np.degrees(np.arccos(np.clip(s["cosine"], -1, 1))), color=colour, linewidth=0.9)
-    for site in sites:
-        left.plot([], [], color=COLOURS[sites.index(site)], label=SITES.get(site, site))
-    left.set_title("magnitude ‖γ‖/√n, which is |β| under OR", loc="left")
-    right.set_title("angle between γ and its start, degrees", loc="left")
-    left.set_xlabel("step")
-    right.set_xlabel("step")
-    figure.suptitle(f"{arm}: a line for every scale vector", fontsize=9, x=0.01, ha="left")
-    figure.legend(loc="outside lower center", ncols=4)
-    save(figure, folder, "directions")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# scaling
-
-
-def plot_scaling(folder, arms):
-    fits = scaling_fits(arms)
-    if not fits:
-        return
-    figure = Figure(figsize=(WIDTH, 3.8))
-    ax = figure.subplots()
-    colours = dict(zip(fits, [INK, *COLOURS]))
-    for name, a in arms.items():
-        if (strategy := name.partition(" at ")[0]) in fits:
-            ax.plot([a["flops"]] * len(a["losses"]), list(a["losses"].values()), "x" if "," in name else ".",
-                    color=colours[strategy], alpha=0.5)
-    for name, fit in fits.items():
-        (a, b), compute = fit["fit"], np.array([m["flops"] for m in fit["members"]])
-        dense = np.geomspace(compute.min(), compute.max(), 100)
-        ax.plot(dense, a * (dense / PF_DAY) ** -b, color=colours[name], label=f"{name}: {fit['text']}")
-    ax.set_xscale("log")
-    ax.set_xlabel("training compute C, FLOPs")
-    ax.set_ylabel("validation loss, nats")
-    others = "; crosses: other budgets, not fitted" if any(" at " in name and "," in name for name in arms) else ""
-    ax.set_title(f"L = a C^(−b){others}", loc="left")
-    figure.legend(loc="outside lower center", ncols=1)
-    save(figure, folder, "scaling")
+def magnitudes(series_of):
+    """A panel per place: ‖γ‖/√n of each arm, the mean over layers and branches. series_of: {arm: gamma_series()}."""
+    sites = [site for site in SITES if any(site == s for series in series_of.values() for _, s, _ in series)]
+    figure = Figure(figsize=(WIDTH, 0.9 + 2.3 * -(-len(sites) // 2)))
+    figure.panel_height = 2.3
+    for ax, site in zip(grid_of(figure, len(sites), min(2, len(sites))), sites):
+        ends = []
+        for i, (arm, series) in enumerate(series_of.items()):
+            lines = [s for (_, where, _), s in series.items() if where == site]
+            lines = [s for s in lines if len(s["step"]) == len(lines[0]["step"]) and s["norm"][0]]
+            if lines:
+                mean = np.mean([s["norm"] / s["norm"][0] for s in lines], axis=0)  # every γ starts as ones
+                ax.plot(lines[0]["step"], mean, color=colour(i), linestyle=("-", "--", ":")[i // 8 % 3])
+                ends.append((mean[-1], arm, colour(i)))
+        if ends:
+            label_ends(ax, ends)
+        ax.set_title(SITES[site])
+        ax.set_xlabel("step")
+    figure.suptitle("Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches", fontsize=9, x=0.01, ha="left")
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -274,59 +389,73 @@ def plot_suite(folder, gamma=None):
     arms = summarise(rows)
     if not arms:
         raise ConfigError(f"{folder} has neither a run's log.csv nor finished cells in a results.csv of this ablate.py")
+    paper = {key[1:]: (panel.split(",")[0], number) for key, (panel, number) in paper_numbers().items()
+             if key[0] == rows[0]["suite"]}
+    compared = {name: a for name, a in arms.items() if "delta" in a and not a["same"]}
     # only the seeds that all arms have make pairs
     seeds = set.intersection(*(set(a["losses"]) for a in arms.values()))
     of_cell = defaultdict(list)
     for row in rows:
         if row["arm"] in arms and int(row["seed"]) in seeds:
             of_cell[row["cell"]].append({"arm": row["arm"], "seed": int(row["seed"])})
-    curves, scales = ([{**row, **names} for row in read_csv(folder / f"{log}.csv") for names in of_cell[row["cell"]]]
-                      for log in ("curves", "scales"))
+    logs, scales = ([{**row, **names} for row in read_csv(folder / f"{log}.csv") for names in of_cell[row["cell"]]]
+                    for log in ("curves", "scales"))
     vectors = defaultdict(list)
     for row in scales:
         vectors[row["arm"]].append(row)
     if gamma and gamma not in vectors:
         raise ConfigError(f"{folder}/scales.csv has no arm {gamma!r}; it has {', '.join(vectors) or 'none'}")
-    with rc_context(STYLE):
-        plot_ablation(folder, arms)
-        plot_curves(folder, arms, curves)
-        plot_scaling(folder, arms)
-        if vectors:
-            arm = gamma or max(vectors, key=lambda arm: len({row["name"] for row in vectors[arm]}))
-            plot_gammas(folder, arm, gamma_series(vectors[arm]))
-            plot_directions(folder, arm, gamma_series(vectors[arm]))
+    makers = {}
+    if compared:
+        makers["ablation"] = partial(ablation, arms, compared, paper)
+    fits = scaling_fits(arms)
+    if len(fits) > 1:
+        makers["scaling"] = partial(scaling, arms, fits)
+    elif found := differences(compared | {n: a for n, a in arms.items() if n not in compared}, by_seed(logs)):
+        makers["curves"] = partial(curves, arms, {n: found[n] for n in found if n in compared}, paper)
+    series_of = {arm: series for arm in vectors if (series := gamma_series(vectors[arm]))}
+    if series_of:
+        arm = gamma or max(series_of, key=lambda arm: len(series_of[arm]))
+        makers["gammas"] = partial(gammas, arm, series_of[arm])
+        if len(fits) < 2:
+            makers["magnitudes"] = partial(magnitudes, series_of)
+    draw(folder, makers)
 
 
 def plot_runs(folders, out):
     """Draw runs of train.py from their own logs into out, the first as the reference. Raises ConfigError."""
     names = [folder.name for folder in folders]
-    arms, curves = {}, []
+    arms, logs, makers = {}, [], {}
     for folder in folders:
         name = folder.name if names.count(folder.name) == 1 else str(folder)
-        log = read_csv(folder / "log.csv")
-        if not any(row["val_loss"] for row in log):
-            raise ConfigError(f"{folder}/log.csv holds no evaluation yet")
+        log = [{**row, "arm": name, "seed": 0} for row in read_csv(folder / "log.csv")]
+        if not by_seed(log):
+            raise ConfigError(f"{folder}/log.csv holds no evaluation with a finite loss yet")
         arms[name] = {"reference": next(iter(arms), None)}
-        curves += [{**row, "arm": name, "seed": 0} for row in log]
+        logs += log
+    if found := differences(arms, by_seed(logs)):
+        makers["curves"] = partial(curves, arms, found, {})
+    elif not folders[1:]:
+        makers["curves"] = partial(loss_of_one_run, name, logs)
+    for folder, name in zip(folders, arms):
+        if series := gamma_series(read_csv(folder / "scales.csv")):
+            makers["gammas" + (f"-{folder.name}" if folders[1:] else "")] = partial(gammas, name, series)
     out.mkdir(parents=True, exist_ok=True)
-    with rc_context(STYLE):
-        plot_curves(out, arms, curves)
-        for folder, name in zip(folders, arms):
-            if series := gamma_series(read_csv(folder / "scales.csv")):
-                plot_gammas(out, name, series, "gammas" + (f"-{folder.name}" if folders[1:] else ""))
+    draw(out, makers)
 
 
 def main(args):
     if not args or {"--help", "-h"} & set(args):
         print((__doc__ or '').strip())
         return
-    flags, folders = {}, []
-    for arg in args:
+    flags, folders, args = {}, [], list(args)
+    while args:
+        arg = args.pop(0)
         name, equals, value = arg.partition("=")
-        if name in ("--gamma", "--out") and equals:
-            flags[name] = value
+        if name in ("--gamma", "--out") and (equals or args):
+            flags[name] = value if equals else args.pop(0)
         elif arg.startswith("-"):
-            raise ConfigError(f"{arg}: the flags are --gamma=ARM and --out=FOLDER")
+            raise ConfigError(f"{arg}: the flags are --gamma ARM and --out FOLDER")
         else:
             folders.append(Path(arg).expanduser())
     runs = [folder for folder in folders if (folder / "log.csv").exists()]

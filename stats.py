@@ -9,6 +9,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 from scipy.special import nctdtrinc, stdtr, stdtrit
@@ -32,6 +33,15 @@ def read_csv(path):
             return [row for row in rows if None not in row.values()]
         except csv.Error as e:
             raise ConfigError(f"{path}: not a table ({e})") from None
+
+
+def paper_numbers():
+    """{(figure, arm, reference): (panel, nats)}: the paper's differences of losses, of its smallest model."""
+    found = {}
+    for row in read_csv(Path(__file__).parent / "results" / "paper.csv"):
+        if row["unit"] == "loss difference":
+            found.setdefault((row["figure"], row["arm"], row["reference"]), (row["panel"], float(row["number"])))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------

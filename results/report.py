@@ -14,21 +14,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from stats import escaped, markdown_table, read_csv, scaling_fits, summarise  # noqa: E402
+from stats import escaped, markdown_table, paper_numbers, read_csv, scaling_fits, summarise  # noqa: E402
 from suites import SIZES, SUITES  # noqa: E402
 
 START, END = "<!-- made by results/report.py -->", "<!-- end of what results/report.py made -->"
 ORDER = ["primary", *(name for name in SUITES if name != "primary")]
 LARGER = "_0.86M"
-
-
-def paper_numbers(path=HERE / "paper.csv"):
-    """{(figure, arm, reference): (panel, loss difference)}: the first panel that the paper has, its smallest model."""
-    found = {}
-    for row in read_csv(path):
-        if row["unit"] == "loss difference":
-            found.setdefault((row["figure"], row["arm"], row["reference"]), (row["panel"], float(row["number"])))
-    return found
 
 
 def noise(path=HERE / "paper.csv"):
