@@ -1,5 +1,6 @@
-"""plot.py: that it draws all of it from CSVs alone, a suite's or a run's, and what it picks from them."""
+"""plot.py: that it draws all of it from CSVs, a suite's or a run's, and what it picks from them."""
 
+import os
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -12,151 +13,199 @@ import plot
 from ablate import write_csv
 from configurator import ConfigError
 
-VECTORS = ("blocks.0.attn.qkv.v.q", "blocks.0.attn.qkv.v.k", "blocks.0.attn.qkv.u.q", "blocks.1.attn.qkv.v.q",
-           "blocks.1.ffn.gate_up.v.up", "lm_head.v.shared")
+VECTORS = ("blocks.0.attn.qkv.v.q", "blocks.0.attn.qkv.u.q", "blocks.1.ffn.gate_up.v.up", "lm_head.v.shared")
 
 
-def curve(final):
-    return [{"step": t // 10, "tokens": t, "train_loss": "" if t == 0 else final + (4000 - t) / 4000,
-             "val_loss": final + (4000 - t) / 4000} for t in range(0, 4001, 500)]
+def curve(final, bad=""):
+    return [{"step": t // 10, "tokens": t, "train_loss": bad or final + (4000 - t) / 4000,
+             "val_loss": bad or final + (4000 - t) / 4000} for t in range(0, 4001, 500)]
 
 
-def gammas(vectors=VECTORS):
-    return [{"step": step, "name": vector, "role": "input", "mean": 1 + step / 100, "std": 0.1, "min": 0, "max": 2,
-             "norm": 4 + step / 25, "cosine": 1 - step / 200} for step in (0, 50, 100) for vector in vectors]
+def vectors(bad=""):
+    return [{"step": step, "name": vector, "mean": bad or 1 + step / 100, "std": 0.1, "norm": bad or 4 + step / 25,
+             "cosine": 1} for step in (0, 50, 100) for vector in VECTORS]
 
 
-def write_suite(folder, seeds=3):
-    """The CSVs as ablate.py leaves them: four sizes of two strategies, unified doing with C what takes 1.25 C."""
+def write_suite(folder, deltas, suite="figure5", seeds=3, flops=1e12):
+    """The CSVs as ablate.py leaves them, of {(arm, reference): its difference to the first arm's 1.5 nats}."""
     rng = np.random.default_rng(0)
-    results, curves, scales = [], [], []
-    for size, flops in (("S", 1e12), ("M", 1e13), ("L", 1e14), ("XL", 1e15)):
-        noise = rng.normal(0, 0.002, seeds)
-        for name, gain in (("baseline", 1.0), ("unified", 1.25)):
-            arm = f"{name} at {size}"
-            for seed, loss in enumerate(1.5 + 20 * (gain * flops) ** -0.1 + noise):
-                cell = f"{arm}{seed}"
-                results.append({"suite": "scaling", "arm": arm, "reference": f"baseline at {size}" * (gain > 1),
-                                "use": "report", "lr": 1e-3, "seed": seed, "val_loss": loss, "params": 10,
-                                "tokens": 4000, "flops": flops, "cell": cell})
-                curves += [{"cell": cell, **row} for row in curve(loss)]
-            scales += [{"cell": f"{arm}0", **row} for row in gammas(VECTORS[:4 if gain == 1 else 6])]
-    for name, rows in (("results", results), ("curves", curves), ("scales", scales)):
+    shared, tables = rng.normal(0, 0.01, seeds), {"results": [], "curves": [], "scales": []}
+    for i, ((arm, reference), delta) in enumerate(deltas.items()):
+        for seed in range(seeds):
+            loss, cell = 1.5 + delta + shared[seed] + rng.normal(0, 0.0005), f"{arm}{seed}"
+            tables["results"].append({
+                "suite": suite, "arm": arm, "reference": reference, "use": "report", "lr": 1e-3, "seed": seed,
+                "val_loss": loss, "params": 10, "tokens": 4000, "flops": flops * 10 ** (i // 2), "cell": cell})
+            tables["curves"] += [{"cell": cell, **row} for row in curve(loss)]
+        tables["scales"] += [{"cell": f"{arm}0", **row} for row in vectors()]
+    folder.mkdir(exist_ok=True)
+    for name, rows in tables.items():
         write_csv(folder / f"{name}.csv", rows)
 
 
-def write_run(folder, final):
+def write_run(folder, final, bad=""):
     folder.mkdir(parents=True)
-    write_csv(folder / "log.csv", curve(final))
-    write_csv(folder / "scales.csv", gammas())
+    write_csv(folder / "log.csv", curve(final, bad))
+    write_csv(folder / "scales.csv", vectors(bad))
 
 
-def pictures(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".png", ".svg")}
+@pytest.fixture
+def drawn(monkeypatch):
+    """{picture: Figure} of what is drawn last, in place of files."""
+    made = {}
+
+    def draw(folder, makers):
+        made.clear()
+        with plot.rc_context(plot.style("light")):
+            made.update({name: make() for name, make in makers.items()})
+
+    monkeypatch.setattr(plot, "draw", draw)
+    return made
 
 
-def test_every_plot_from_csvs_alone_in_one_command(tmp_path):
-    write_suite(tmp_path)
-    command = [sys.executable, str(ROOT / "plot.py"), str(tmp_path)]
+FIGURE5 = {("baseline", ""): 0.0, ("HG", "baseline"): -0.01, ("HG+DNP", "HG"): 0.02, ("HG+AP", "HG"): -0.0102}
+
+
+def words(figure):
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def test_every_picture_in_both_themes_and_the_same_bytes_each_time(tmp_path):
+    write_suite(tmp_path / "s", FIGURE5)
+    command = [sys.executable, str(ROOT / "plot.py"), str(tmp_path / "s")]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = ["ablation", "curves", "directions", "gammas", "scaling"]
-    made = pictures(tmp_path)
-    assert sorted(made) == sorted(f"{n}.{kind}" for n in names for kind in ("png", "svg"))
+    made = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir() if path.suffix != ".csv"}
+    names = ("ablation", "curves", "gammas", "magnitudes")
+    assert sorted(made) == sorted(f"{name}{end}" for name in names for end in (".png", "_light.svg", "_dark.svg"))
     for name in names:
         assert int.from_bytes(made[f"{name}.png"][16:20], "big") == 1660  # twice a README's column
-        # a background of its own, for light pages and dark ones
-        assert f"fill: {plot.PAPER}" in made[f"{name}.svg"].decode()
-        assert len(made[f"{name}.svg"]) < 500_000
+        for theme, (paper, *_) in plot.THEMES.items():
+            assert f"fill: {paper}" in made[f"{name}_{theme}.svg"].decode()
+    plot.plot_suite(tmp_path / "s")
+    assert made == {name: (tmp_path / "s" / name).read_bytes() for name in made}
+
+
+def test_a_panel_per_reference_with_lines_labelled_and_the_papers_end_points(tmp_path, drawn):
+    write_suite(tmp_path, FIGURE5)
     plot.plot_suite(tmp_path)
-    assert made == pictures(tmp_path)
+    for name in ("curves", "ablation"):
+        first, second = drawn[name].axes
+        assert "minus baseline" in first.get_title(loc="left") and "minus HG" in second.get_title(loc="left")
+        assert drawn[name].get_suptitle() == "Better: HG; worse: HG+DNP; not significant: HG+AP"
+        assert [text.get_text() for legend in drawn[name].legends for text in legend.get_texts()] == ["paper, 0.12B"]
+        rings = [line.get_xydata()[0] for line in second.get_lines() if line.get_markerfacecolor() == "none"]
+        assert sorted(ring[int(name == "curves")] for ring in rings) == [0.0099, 0.0341]
+    assert words(drawn["curves"]) == ["HG", "HG+AP", "HG+DNP"]
+    line = drawn["curves"].axes[0].get_lines()[0]
+    assert line.get_xdata()[0] == 500 and line.get_ydata() == pytest.approx(-0.01, abs=1e-3)  # without step 0
+    assert [label.get_text() for label in drawn["ablation"].axes[1].get_yticklabels()] == ["HG+AP", "HG+DNP"]  # sorted
+    low, high = drawn["curves"].axes[1].get_ylim()
+    assert -0.01 < low < 0 and 0.0341 < high < 0.05
 
 
-def test_runs_beside_each_other_and_one_alone(tmp_path, monkeypatch):
-    write_run(tmp_path / "baseline", 2.0)
-    write_run(tmp_path / "unified", 1.75)
-    command = [sys.executable, str(ROOT / "plot.py"), "baseline", "unified"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    names = ("curves", "gammas-baseline", "gammas-unified")
-    assert sorted(pictures(tmp_path / "baseline")) == sorted(f"{n}.{kind}" for n in names for kind in ("png", "svg"))
-    assert not pictures(tmp_path / "unified")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    plot.main([str(tmp_path / "unified"), "--out=~/elsewhere"])
-    assert sorted(pictures(tmp_path / "elsewhere")) == ["curves.png", "curves.svg", "gammas.png", "gammas.svg"]
-
-    drawn = drawings(monkeypatch)
-    plot.main([str(tmp_path / "baseline"), str(tmp_path / "unified")])
-    above, below = drawn["curves"][0].axes
-    assert above.get_lines()[1].get_ydata()[-1] == 1.75
-    assert below.get_lines()[0].get_ydata().tolist() == [-0.25] * 9
-    write_run(tmp_path / "other" / "unified", 3.0)
-    plot.main([str(tmp_path / name) for name in ("unified", "other/unified")])  # of one name
-    assert drawn["curves"][1].axes[1].get_lines()[0].get_ydata().tolist() == [1.25] * 9
+def test_filled_is_significant_and_grey_is_the_references_own_spread(tmp_path, drawn):
+    write_suite(tmp_path, FIGURE5)
+    plot.plot_suite(tmp_path)
+    filled = {}
+    for ax in drawn["ablation"].axes:
+        names = [label.get_text() for label in ax.get_yticklabels()]
+        squares = [line for line in ax.get_lines() if line.get_marker() == "s"]
+        filled |= {name: s.get_markerfacecolor() == s.get_color() for name, s in zip(names, squares)}
+    assert filled == {"HG": True, "HG+AP": False, "HG+DNP": True}
+    losses = [float(row["val_loss"]) for row in plot.read_csv(tmp_path / "results.csv") if row["arm"] == "baseline"]
+    grey = drawn["ablation"].axes[0].patches[0]
+    assert grey.get_width() == pytest.approx(2 * 2**0.5 * plot.mean_and_half_width(losses)[1])
 
 
-def drawings(monkeypatch):
-    """{picture: figures} that the test makes from here on."""
-    drawn = {}
-    monkeypatch.setattr(plot, "save", lambda figure, folder, name: drawn.setdefault(name, []).append(figure))
-    return drawn
+def test_scaling_draws_differences_and_says_what_the_fits_do(tmp_path, drawn):
+    sizes = {(f"{name} at {size}", f"baseline at {size}" * (gain > 0)): 0.3 - 0.1 * i - gain
+             for i, size in enumerate("SML") for name, gain in (("baseline", 0), ("unified", 0.02))}
+    write_suite(tmp_path, sizes, "figure6")
+    plot.plot_suite(tmp_path)
+    ax, = drawn["scaling"].axes
+    points = [line.get_xydata()[0] for line in ax.get_lines() if line.get_marker() == "o"]
+    assert [x for x, _ in points] == [1e12, 1e13, 1e14]
+    assert [y for _, y in points] == pytest.approx([-0.02] * 3, abs=2e-3)
+    assert "Fits: the baseline needs 1." in drawn["scaling"].get_suptitle() and words(drawn["scaling"]) == ["unified"]
 
 
-def test_one_seed_and_nothing_else_still_plots(tmp_path):
-    write_suite(tmp_path, seeds=1)
+def test_only_reported_cells_of_the_seeds_that_all_arms_have(tmp_path, drawn):
+    write_suite(tmp_path, FIGURE5)
+    rows = plot.read_csv(tmp_path / "results.csv")
+    rows += [{**row, "use": "tuning", "val_loss": 9, "lr": 4} for row in rows]
+    write_csv(tmp_path / "results.csv", [row for row in rows if row["cell"] != "HG+AP2"])
+    plot.plot_suite(tmp_path)
+    losses = {row["cell"]: float(row["val_loss"]) for row in rows if row["use"] == "report"}
+    mean = np.mean([losses[f"HG{seed}"] - losses[f"baseline{seed}"] for seed in (0, 1)])
+    assert drawn["curves"].axes[0].get_lines()[0].get_ydata()[-1] == pytest.approx(mean)
+
+
+def test_one_seed_and_nothing_else_still_plots(tmp_path, drawn):
+    write_suite(tmp_path, FIGURE5, seeds=1)
     (tmp_path / "scales.csv").unlink()
     plot.plot_suite(tmp_path)
-    assert not (tmp_path / "gammas.png").exists() and (tmp_path / "ablation.png").exists()
+    assert set(drawn) == {"ablation", "curves"} and "One pair of runs each" in drawn["curves"].get_suptitle()
 
 
-def test_only_reported_runs_and_curves_of_the_seeds_that_all_arms_have(tmp_path, monkeypatch):
-    write_suite(tmp_path)
-    drawn = drawings(monkeypatch)
-    plot.plot_suite(tmp_path)
-    for name in ("results", "curves", "scales"):
-        rows = plot.read_csv(tmp_path / f"{name}.csv")
-        worse = {"lr": 4e-3, "val_loss": 9.0, "mean": 9.0}
-        for use in ("tuning", "kept"):
-            rows += [{k: worse.get(k, use if k == "use" else use + v if k == "cell" else v) for k, v in row.items()}
-                     for row in rows if row["cell"][:4] in ("base", "unif")]
-        write_csv(tmp_path / f"{name}.csv", rows)
-    plot.plot_suite(tmp_path)
-    lines = lambda figure: [line.get_xydata().tolist() for ax in figure.axes for line in ax.get_lines()]
-    for name in ("ablation", "gammas", "directions", "scaling", "curves"):
-        assert lines(drawn[name][0]) == lines(drawn[name][1])
-    rows = [row for row in plot.read_csv(tmp_path / "results.csv") if row["cell"] != "unified at S2"]
-    write_csv(tmp_path / "results.csv", rows)
-    plot.plot_suite(tmp_path)
-    mean, = (line.get_ydata()[-1] for line in drawn["curves"][2].axes[0].get_lines()
-             if line.get_label() == "baseline at S")
-    losses = [float(r["val_loss"]) for r in rows if r["arm"] == "baseline at S" and r["use"] == "report"]
-    assert mean == pytest.approx((losses[0] + losses[1]) / 2)
+def test_runs_against_the_first_and_one_by_itself(tmp_path, drawn):
+    write_run(tmp_path / "baseline", 2.0)
+    write_run(tmp_path / "unified", 1.75)
+    write_run(tmp_path / "other" / "unified", 3.0)
+    plot.main([str(tmp_path / "baseline"), str(tmp_path / "unified")])
+    assert set(drawn) == {"curves", "gammas-baseline", "gammas-unified"} and words(drawn["curves"]) == ["unified"]
+    assert drawn["curves"].axes[0].get_lines()[0].get_ydata().tolist() == [-0.25] * 8
+    plot.main([str(tmp_path / name) for name in ("unified", "other/unified")])  # of one name
+    assert drawn["curves"].axes[0].get_lines()[0].get_ydata().tolist() == [1.25] * 8
+    plot.main([str(tmp_path / "unified")])
+    assert "unified ends at 1.7500 nats" in drawn["curves"].axes[0].get_title(loc="left")
 
 
-def test_filled_is_what_the_corrected_test_calls_a_difference(tmp_path, monkeypatch):
-    write_suite(tmp_path)
-    rows = plot.read_csv(tmp_path / "results.csv")
-    for row in rows:  # at M no seed agrees with another on which is better
-        if row["arm"] == "unified at M":
-            row["val_loss"] = float(row["val_loss"]) + (int(row["seed"]) - 1)
-    write_csv(tmp_path / "results.csv", rows)
-    drawn = drawings(monkeypatch)
-    plot.plot_suite(tmp_path)
-    ax, = drawn["ablation"][0].axes
-    filled = [line.get_markerfacecolor() != plot.PAPER for line in ax.get_lines() if line.get_marker() == "o"]
-    assert filled == [True, False, True, True] and len(ax.patches) == 4  # a grey bar each: four references
+@pytest.mark.parametrize("flags", [["--out=~/elsewhere"], ["--out", "~/elsewhere"]])
+def test_out_with_and_without_an_equals_sign(flags, tmp_path, monkeypatch):
+    write_run(tmp_path / "run", 2.0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(plot, "THEMES", {"light": plot.THEMES["light"]})
+    plot.main([str(tmp_path / "run"), *flags])
+    assert {path.name for path in (tmp_path / "elsewhere").glob("*.png")} == {"curves.png", "gammas.png"}
+
+
+@pytest.mark.parametrize("name", ["_base", "$x_1$", "$$", os.fsdecode(b"\xff"), "a\\b"])
+def test_any_name_of_a_folder_is_shown_as_it_is(name, tmp_path, monkeypatch):
+    for run in ("first", name):
+        write_run(tmp_path / run, 2.0)
+    monkeypatch.setattr(plot, "THEMES", {"light": plot.THEMES["light"]})
+    shown = []
+    monkeypatch.setattr(plot, "gammas", lambda arm, series: plot.Figure())
+    make = plot.curves
+    monkeypatch.setattr(plot, "curves", lambda *args: shown.append(make(*args)) or shown[-1])
+    plot.main([str(tmp_path / "first"), str(tmp_path / name)])
+    assert words(shown[0]) == [name.replace("\udcff", "\ufffd")] and (tmp_path / "first/curves.png").exists()
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "word"])
+def test_a_run_that_diverged(bad, tmp_path, drawn):
+    write_run(tmp_path / "bad", 2.0, bad)
+    with pytest.raises(ConfigError, match="holds no evaluation with a finite loss"):
+        plot.main([str(tmp_path / "bad")])
+    write_run(tmp_path / "good", 2.0)
+    log = curve(2.0)
+    log[-1]["val_loss"] = bad
+    write_csv(tmp_path / "bad/log.csv", log)
+    plot.main([str(tmp_path / "good"), str(tmp_path / "bad")])
+    assert set(drawn) == {"curves", "gammas-good"} and len(drawn["curves"].axes[0].get_lines()[0].get_ydata()) == 7
 
 
 def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="has neither a run's log.csv nor finished cells"):
         plot.main([str(tmp_path)])
-    write_suite(tmp_path)
-    with pytest.raises(ConfigError, match="has no arm 'nope'"):
-        plot.main([str(tmp_path), "--gamma=nope"])
-    with pytest.raises(ConfigError, match="--gama=x: the flags are"):
-        plot.main([str(tmp_path), "--gama=x"])
+    write_suite(tmp_path, FIGURE5)
+    for args, message in ((["--gamma=nope"], "has no arm 'nope'"), (["--gama=x"], "--gama=x: the flags are"),
+                          (["--out"], "--out: the flags are")):
+        with pytest.raises(ConfigError, match=message):
+            plot.main([str(tmp_path), *args])
     (tmp_path / "log.csv").write_text("step,tokens,train_loss,val_loss\n")
-    with pytest.raises(ConfigError, match="log.csv holds no evaluation yet"):
+    with pytest.raises(ConfigError, match="log.csv holds no evaluation"):
         plot.main([str(tmp_path)])
 
 
