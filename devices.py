@@ -163,3 +163,36 @@ def peak_memory_mb(device):
         return math.nan
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def step_memory(model, s, dtype, compiled, micro, persistent=False):
+    """
+    The peak memory of a training step on one process, estimated from shapes: {part: bytes}. The peak comes as the
+    backward pass begins, when all activations are there.
+
+    model: may be on the meta device. s: the Settings. dtype: of activations. micro: sequences in a micro-batch.
+    persistent: gradients outlive a micro-batch, as they do with several of them or several processes.
+    Within 15% of what was measured at small sizes (tests/test_devices.py). Not counted: what libraries and the CUDA
+    context take.
+    """
+    c, b, tokens = model.config, torch.finfo(getattr(torch, dtype)).bits // 8, micro * s.block_size
+    params = sum(p.numel() for p in model.parameters())
+    muon = sum(p.numel() for _, p, role, _ in model.named_roles() if role == "matrix") if s.optimizer == "muon" else 0
+    n, q, kv, K = c.n_embd, c.n_head * c.d_head, c.n_kv_head * c.d_head, c.experts_per_token if c.n_experts else 0
+    hidden, attn = K * c.expert_dim + c.shared_dim if K else c.ffn_dim, model.blocks[0].attn
+    gate_up = (model.blocks[0].ffn.experts if K else model.blocks[0].ffn).gate_up
+    # per token and block: the residual stream and its norm before each sublayer; q, k and v; attention's output; gate,
+    # up and their product; the rows that experts get and give
+    width = (4 - attn.qkv.idle_norm - gate_up.idle_norm) * n + 2 * q + 2 * kv + 3 * hidden + 2 * K * n
+    if attn.qk_norm or attn.qkv.normed or not compiled:
+        width += q + 2 * kv  # the same before norms or RoPE
+    if not compiled:  # attention's output again, in another order; silu(gate), if no kernel of ours makes it
+        width += q + (0 if gate_up.normed else hidden)
+    # logits and their gradient; without torch.compile three such in fp32, and twice that if they are normed themselves
+    head = b + 4 if compiled else 24 if model.lm_head.normed and not model.lm_head.gram_pays else 12
+    # the folded weights; a u on a fold keeps W ⊙ v for its gradient, and the head's Gram matrix another copy of it
+    folded = params
+    if not compiled:
+        folded += params if gate_up.u and not gate_up.normed else 2 * c.vocab_size * n if model.lm_head.normed else 0
+    return {"weights": 4 * params, "gradients": 4 * params if persistent else 0, "optimizer": 8 * params - 4 * muon,
+            "activations": tokens * (c.n_layer * width * b + c.vocab_size * head) + b * folded}
