@@ -172,7 +172,7 @@ def step_memory(model, s, dtype, compiled, micro, persistent=False):
 
     model: may be on the meta device. s: the Settings. dtype: of activations. micro: sequences in a micro-batch.
     persistent: gradients outlive a micro-batch, as they do with several of them or several processes.
-    Within 15% of what was measured at small sizes (tests/test_devices.py). Not counted: what libraries and the CUDA
+    Within 15% of what was measured at small sizes (tests/test_bench.py). Not counted: what libraries and the CUDA
     context take.
     """
     c, b, tokens = model.config, torch.finfo(getattr(torch, dtype)).bits // 8, micro * s.block_size

@@ -39,7 +39,16 @@ from tqdm import tqdm
 
 import kernels
 from data.tokens import Tokens, data_folder, load_tokenizer, vocabulary
-from devices import compare_ranks, device_name, peak_flops, peak_memory_mb, pick_device, process_group, processes
+from devices import (
+    compare_ranks,
+    device_name,
+    peak_flops,
+    peak_memory_mb,
+    pick_device,
+    process_group,
+    processes,
+    step_memory,
+)
 from hf import adopt, load, read_tensors
 from model import GPT
 from moe import balance_routers, take_router_statistics
@@ -357,7 +366,7 @@ def main(s, config_files=()):
     init_tokenizer, init_note = adopt(s) if s.init_from else (None, "")
     batch_plan(s, world)
     if s.dry_run:
-        return dry_run(s)
+        return dry_run(s, machine, world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with process_group(distributed, device, s.dist_timeout):
@@ -507,7 +516,7 @@ def show_sample(model, tokenizer, s, device):
     print("\na sample:\n" + text + "\n")
 
 
-def dry_run(s):
+def dry_run(s, machine, world):
     """Build the model on the meta device, where tensors have shapes but no memory, and print what it would be."""
     s.vocab_size = s.vocab_size or vocabulary(prepare_data(s))
     with torch.device("meta"):
@@ -517,6 +526,12 @@ def dry_run(s):
     for g in param_groups(model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult, s.decay_direction):
         print(f"group {g['name']}: {len(g['params'])} tensors, {sum(p.numel() for p in g['params'])} parameters, "
               f"weight_decay {g['weight_decay']}, lr {s.lr * g['lr_mult']}")
+    _, micro, n_micro = batch_plan(s, world)
+    print(f"memory_of_a_step: estimated MB per process, for {micro} sequences in {machine.dtype}, "
+          f"{'compiled' if machine.compile else 'eager'}; --shard_optimizer divides the optimizer's by the processes")
+    parts = step_memory(model, s, machine.dtype, machine.compile, micro, persistent=n_micro > 1 or world > 1)
+    for part, size in {**parts, "total": sum(parts.values())}.items():
+        print(f"memory_{part}: {size / 2**20:.0f}")
 
 
 def run(s, config_files=()):

@@ -15,6 +15,7 @@ from conftest import ROOT
 import bench
 import kernels
 from configurator import ConfigError
+from devices import step_memory
 
 sys.path.insert(0, str(ROOT / "results"))
 import tune  # noqa: E402, after the line above
@@ -229,6 +230,27 @@ def test_memory_counts_parameters_and_what_a_step_allocates():
     memory = arm.memory_mb()
     assert 3 + 3 < memory < 3 + 3 + 4  # three copies of w are held; then 3 for the copy, and a few of 1
     assert arm.memory_mb() == memory
+
+
+@pytest.mark.parametrize("shape, strategy", [
+    ("2, 2, 64, 256, 128", "baseline"), ("2, 2, 64, 256, 128", "unified"), ("2, 3, 96, 2048, 64", "unified"),
+    ("2, 3, 96, 2048, 64", "unified_free"), ("2, 2, 64, 512, 64", "unified --n_experts=8 --expert_dim=40")])
+def test_the_estimate_of_a_steps_memory(shape, strategy, tmp_path):
+    (tmp_path / "x.py").write_text(f"n_layer, n_head, n_embd, vocab_size, block_size = {shape}\nmicro_batch = 16\n")
+    a = SimpleNamespace(device=CPU, dtype="float32", micro_batch=0)
+    arm = bench.make_arm(str(tmp_path / "x.py"), strategy, a, "eager", {})
+    parts = step_memory(arm.model, bench.settings_of(str(tmp_path / "x.py"), strategy), "float32", False, 16)
+    assert sum(parts.values()) / 2**20 == pytest.approx(arm.memory_mb(), rel=0.15)
+
+
+def test_the_estimate_of_a_steps_memory_on_a_gpu():
+    s = bench.settings_of("llama_0.12b")
+    with torch.device("meta"):
+        model = bench.GPT(bench.gpt_config(s, "bfloat16"))
+    parts = step_memory(model, s, "bfloat16", True, 32)
+    assert sum(parts.values()) / 2**20 == pytest.approx(15672, rel=0.05)  # measured on an H200, compiled
+    sharded = step_memory(model, s, "bfloat16", True, 32, persistent=True)
+    assert sharded["gradients"] == parts["weights"] == parts["optimizer"] / 2 == 4 * model.counts()["params"]
 
 
 def test_a_step_is_timed_as_the_median_of_a_block(monkeypatch):
