@@ -350,13 +350,16 @@ def test_fineweb_refuses_a_damaged_shard_and_fetches_it_again_next_time(hub, tmp
 
 
 @pytest.mark.parametrize("error, said", [
-    (OSError(28, "No space left on device"), "No space left on device"),
-    (RuntimeError("storage\nand more"), "storage"),
+    (OSError(28, "No space left on device"), "No space left on device)"),
+    (RuntimeError("storage\nand more"), "(storage)"),
     (ValueError(), "not downloaded"),
 ])
 def test_a_download_that_fails_is_one_line(hub, tmp_path, error, said):
     hub.files["fineweb_val_000000.bin"] = error
     with refused(fineweb.REPO, "fineweb_val_000000.bin", said, "run the same command again"):
+        fineweb.prepare(1, tmp_path / "out")
+    error.__cause__ = OSError("the cause")  # of what the client raises, it says more than the error
+    with refused("(the cause)"):
         fineweb.prepare(1, tmp_path / "out")
 
 

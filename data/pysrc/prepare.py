@@ -16,7 +16,6 @@ from configurator import Parser
 from data.corpus import command_line, find_files, home, write_corpus
 from data.tokens import HERE
 
-
 # More than half of the lines of a code page in encodings/ are in other code pages too, and lib2to3 has two copies of
 # the grammar's test. No other folder of the standard library repeats itself as much.
 UNITS = {"encodings", "lib2to3"}
