@@ -3,9 +3,9 @@ Flat, typed settings from config files and --key=value flags, applied left to ri
 
     python train.py config/size/llama_0.12b.py config/unified.py --seed=2
 
-The settings are a dataclass whose fields carry their type, their range and a trailing comment; --help prints
-those lines. A config file is plain Python assignments. It is code and it is run: read a stranger's first.
-Whatever is wrong is said in one line on stderr, with exit code 2.
+The settings are a dataclass. Each field has a type with a range and a trailing comment, and --help prints those lines.
+A config file is plain Python assignments. It is executed, so read a stranger's first. Every mistake is one line on
+stderr, with exit code 2.
 
 Knows none of the other files.
 """
@@ -23,23 +23,23 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
-    """A setting that the user can put right. The message is one line: what was wrong, and what to do."""
+    """A mistake that the user can fix. The message is one line: what was wrong, and what to do."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))  # a flag that is quoted may hold anything
+        super().__init__(" ".join(message.splitlines()))  # a quoted flag may hold anything
 
 
-# Ranges are part of a field's type: Annotated[type, lowest, highest].
-Count = Annotated[int, 1, 2**31 - 1]  # what int32 holds, in a file's header and in a kernel
+# Ranges are part of a field's type: Annotated[type, lowest, highest]. Numbers end up in float32 and in int32.
+LARGEST = 3.4e38
+Count = Annotated[int, 1, 2**31 - 1]
 Whole = Annotated[int, 0, 2**31 - 1]
-Amount = Annotated[float, 0.0, None]
+Amount = Annotated[float, 0.0, LARGEST]
 Fraction = Annotated[float, 0.0, 1.0]
-LARGEST = 3.4e38  # of a float32, which most settings end up in
 
 
 def check(name, value, hint):
     """
-    Return value as the type that hint asks for: an int is taken where a float is due, and nothing else is.
+    Return value as the type of hint. Only an int is converted, to a float.
 
     hint: int, float, bool, str, Literal[...] or Annotated[type, lowest, highest].
     Raises ConfigError when the type, the choice or the range is wrong.
@@ -50,25 +50,18 @@ def check(name, value, hint):
         if not any(value == c and type(value) is type(c) for c in choices):
             raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
         return value
-    lowest = highest = None
-    if get_origin(hint) is Annotated:
-        hint, lowest, highest = get_args(hint)
+    hint, lowest, highest = get_args(hint) if get_origin(hint) is Annotated else (hint, -LARGEST, LARGEST)
     if hint is float and type(value) is int:
         value = float(max(min(value, 2**200), -2**200))
     if type(value) is not hint:
-        raise ConfigError(f"{name} must be {_article(hint)}, not {value!r}")
-    if hint is float and not abs(value) < LARGEST:
-        raise ConfigError(f"{name} must be a number below {LARGEST:g}, not {value!r}")
+        kind = {int: "an int", float: "a float", bool: "True or False", str: "a string"}[hint]
+        raise ConfigError(f"{name} must be {kind}, not {value!r}")
     if hint is str and "\0" in value:
         raise ConfigError(f"{name} must not hold a zero byte")
-    if (lowest is not None and value < lowest) or (highest is not None and value > highest):
-        bounds = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
-        raise ConfigError(f"{name} must be {bounds}, not {value!r}")
+    if hint is not str and not lowest <= value <= highest:
+        bound = f"at least {lowest}" if value < lowest else f"at most {highest}"
+        raise ConfigError(f"{name} must be {bound}, not {value!r}")
     return value
-
-
-def _article(kind):
-    return {int: "an int", float: "a float", bool: "True or False", str: "a string"}[kind]
 
 
 def _known(name, hints, where):
@@ -93,7 +86,7 @@ def read_file(path, hints):
         source, namespace = f.read(), {}  # bytes, which may begin with a mark or name their encoding
     try:
         exec(compile(source, path, "exec"), namespace)
-    except (Exception, SystemExit) as e:  # whatever the file's own code does wrong is the file's mistake
+    except (Exception, SystemExit) as e:  # whatever goes wrong in the file's own code
         line = getattr(e, "lineno", None)
         trace = e.__traceback__
         while trace is not None:
@@ -108,7 +101,7 @@ def read_file(path, hints):
 
 
 def check_all(values, hints, where):
-    """What check returns for each value, as a dict. Raises ConfigError, which begins with where they are from."""
+    """A dict of what check returns for each value. Raises ConfigError, whose message begins with `where`."""
     try:
         return {name: check(name, value, hints[name]) for name, value in values.items()}
     except ConfigError as e:
@@ -116,7 +109,7 @@ def check_all(values, hints, where):
 
 
 def open_file(path):
-    """Open a file to read its bytes. Raises ConfigError, also for what would wait or never end: a FIFO, a device."""
+    """Open a file to read bytes. Raises ConfigError, also for a FIFO, which would wait, and a device."""
     try:
         if not S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{path}: not a regular file")
@@ -128,14 +121,14 @@ def open_file(path):
 
 
 def read_json(path, largest=2 ** 24):
-    """The object in a JSON file, a dict. Raises ConfigError where there is none, or more than `largest` bytes."""
+    """The object in a JSON file, as a dict. Raises ConfigError for anything else, and above `largest` bytes."""
     with open_file(path) as f:
         text = f.read(largest + 1)
     if len(text) > largest:
-        raise ConfigError(f"{path}: larger than {largest} bytes, and no file of this kind is")
+        raise ConfigError(f"{path}: larger than {largest} bytes, which no file of this kind is")
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as e:  # brackets can be nested deeper than Python can follow
+    except (ValueError, RecursionError) as e:  # deeply nested brackets exceed Python's stack
         raise ConfigError(f"{path}: not JSON ({e})") from None
     if type(value) is not dict:
         raise ConfigError(f"{path}: holds no JSON object")
@@ -148,12 +141,9 @@ def read_flag(arg, hints):
     _known(name, hints, arg)
     if not equals:
         raise ConfigError(f"{arg}: a flag needs a value, as in {arg}=...")
-    try:
-        value = literal_eval(text)
+    try:  # a string is taken as it was typed: a folder may be called 007
+        value = text if hints[name] is str else literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
-    # a folder may be called 2026, and 007 too: what should be a string is taken as it was typed
-    if hints[name] is str:
         value = text
     return name, check(name, value, hints[name])
 
@@ -181,7 +171,7 @@ def configure(settings_class, args):
 
 
 def help_text(settings_class):
-    """The lines of settings_class's body and of its bases': each setting with default, choices and comment."""
+    """One line per setting of settings_class and its bases: name, default, comment and choices."""
     hints = get_type_hints(settings_class, include_extras=True)
     comments = {}
     sources = [getsource(c) for c in reversed(settings_class.__mro__[:-1])]
@@ -192,10 +182,8 @@ def help_text(settings_class):
     lines = []
     for f in fields(settings_class):
         default = f.default if f.default != "" else '""'
-        lines.append(f"  {f'--{f.name}={default}':<32} {comments[f.name]}")
-        if get_origin(hints[f.name]) is Literal:
-            choices = "|".join(map(str, get_args(hints[f.name])))
-            lines[-1] += f" [{choices}]"
+        choices = f" [{'|'.join(map(str, get_args(hints[f.name])))}]" if get_origin(hints[f.name]) is Literal else ""
+        lines.append(f"  {f'--{f.name}={default}':<32} {comments[f.name]}{choices}")
     return "\n".join(lines)
 
 
@@ -253,7 +241,7 @@ def unheard():
 
 
 def from_command_line(settings_class, usage):
-    """What a script does with sys.argv: --help prints and exits 0, a mistake is one line on stderr and exit 2."""
+    """Apply sys.argv as configure does. --help prints and exits with 0; a mistake is one line on stderr and exit 2."""
     streams()
     args = sys.argv[1:]
     if "--help" in args or "-h" in args:
@@ -266,7 +254,7 @@ def from_command_line(settings_class, usage):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with the module's docstring laid out as it stands and mistakes told in one line."""
+    """argparse with the module's docstring as it is, and with mistakes in one line."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -276,8 +264,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse(error, code=2):
-    """One line on stderr, and out: 2 for what was asked wrongly, 1 for what went wrong on the way."""
-    rank = os.environ.get("RANK", "0")  # each of torchrun's processes may fail in a way of its own
+    """Print one line on stderr and exit: with 2 for the user's mistake, with 1 for a failure later."""
+    rank = os.environ.get("RANK", "0")  # torchrun's processes may fail in different ways
     who = f"process {rank}: " if rank.isdecimal() and rank != "0" else ""
     print(f"{os.path.basename(sys.argv[0])}: {who}{' '.join(str(error).splitlines())}", file=sys.stderr)
     sys.exit(code)

@@ -1,5 +1,5 @@
 """
-The machine: which processes a run is, on which device and in which dtype, what that is called and can do at most.
+The machine: processes, device, dtype, the device's name and its peak speed.
 
 Knows configurator.py alone.
 """
@@ -21,18 +21,18 @@ import torch.distributed as dist
 
 from configurator import ConfigError
 
-# Dense bf16 FLOP/s (fp16 before there was bf16) with sums in fp32, from the vendors' data sheets, by words of torch's
-# name for the device; the first match counts.
+# Dense bf16 FLOP/s (fp16 on GPUs without bf16) with fp32 sums, from the vendors' data sheets, by part of torch's name
+# for the device. The first match counts.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GB200": 2500e12,
               "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12, "V100": 125e12, "T4": 65e12,
               "L40S": 362e12, "L4": 121e12, "5090": 209e12, "4090": 165e12, "3090": 71e12,
-              "MI300X": 1307e12, "MI250X": 192e12, "7900 XTX": 123e12}  # of an MI250X, torch sees halves
+              "MI300X": 1307e12, "MI250X": 192e12, "7900 XTX": 123e12}  # torch sees an MI250X as two devices
 
 
 def processes():
     """
-    (rank, how many processes there are, whether torchrun started them), from what torchrun puts into the environment.
-    Raises ConfigError where only a part of that is there.
+    (rank, number of processes, whether torchrun started them), from torchrun's environment variables. Raises
+    ConfigError if only some of them are set.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     there = [name for name in names if os.environ.get(name)]
@@ -48,8 +48,8 @@ def processes():
 @contextmanager
 def process_group(distributed, device, minutes):
     """
-    What torchrun's processes talk through; a caller that trains several models keeps its own. Raises ConnectionError
-    where another process has ended, or stands still for so many minutes.
+    The process group of torchrun's processes, unless the caller has made one. Raises ConnectionError if another process
+    has ended, or has not answered for so many minutes.
     """
     if not distributed or dist.is_initialized():
         yield
@@ -57,19 +57,19 @@ def process_group(distributed, device, minutes):
     try:
         timeout = timedelta(minutes=minutes)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun's store outlives a restart, and has the addresses of processes that are dead by then. A machine
-        # counts its own restarts, so that several would not agree on a number
+        # torchrun's store outlives a restart, and still holds the addresses of the dead processes. Each machine counts
+        # its own restarts, so several machines would not agree on the number
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timeout)
         yield
-        dist.barrier()  # nobody leaves while another may still be in a collective
+        dist.barrier()  # another process may still be in a collective
     except BaseException as e:
         traceback.clear_frames(e.__traceback__)  # a model in DDP holds the group, whose threads must end first
         if not isinstance(e, RuntimeError) or not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        raise ConnectionError(f"another process has ended, or stood still for {minutes:g} minutes (--dist_timeout): "
+        raise ConnectionError(f"another process has ended, or did not answer for {minutes:g} minutes (--dist_timeout): "
                               f"{str(e).splitlines()[0]}") from None
     finally:
         if dist.is_initialized():
@@ -78,8 +78,9 @@ def process_group(distributed, device, minutes):
 
 def compare_ranks(mine, rank, world):
     """
-    Refuse to train where a process differs from process 0 in `mine`, a dict of what has to be the same: each would
-    compute its part of another run, or wait for ever. Every process calls it, and all of them end. Raises ConfigError.
+    Refuse to train if a process differs from process 0 in `mine`, a dict of what must be equal: they would compute
+    parts of different runs, or wait for each other for ever. Every process calls this. Raises ConfigError in process 0
+    and SystemExit in the others that differ.
     """
     everyone = [None] * world
     dist.all_gather_object(everyone, mine)
@@ -90,11 +91,11 @@ def compare_ranks(mine, rank, world):
             raise ConfigError(f"process {other} has {', '.join(different)}: start all of them with the same command, "
                               f"code and data")
         if different:
-            sys.exit(2)  # process 0 speaks for all
+            sys.exit(2)  # process 0 prints the message
 
 
 class Machine(NamedTuple):
-    """How a run computes: on which device, activations in which dtype and why that, and by which code."""
+    """How a run computes: its device, the dtype of activations and why, torch.compile, and the kernels."""
 
     device: torch.device
     dtype: str
@@ -104,15 +105,15 @@ class Machine(NamedTuple):
 
 
 def has_bf16(device):
-    """Whether a GPU has units for bf16, and does not only imitate them: NVIDIA's since Ampere, all of ROCm's."""
+    """Whether a GPU computes bf16 natively: NVIDIA's since Ampere, and all that ROCm supports."""
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def pick_device(s):
-    """The Machine for a run of settings s. Raises ConfigError for a device that is not there."""
+    """The Machine for a run with settings s. Raises ConfigError if its device cannot be used."""
     (_, world, _), local_rank = processes(), int(os.environ.get("LOCAL_RANK") or 0)
-    mps = torch.backends.mps.is_available() and world == 1  # gloo does not know it
+    mps = torch.backends.mps.is_available() and world == 1  # gloo does not support it
     name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"device must be auto, cpu, cuda, cuda:1 and so on, or mps, not {s.device!r}")
@@ -134,7 +135,7 @@ def pick_device(s):
 
 
 def device_name(device):
-    """What a result must say of where it was made: 'NVIDIA H100 80GB HBM3', or 'AMD EPYC, 2 cores'."""
+    """The device's name, for results: 'NVIDIA H100 80GB HBM3', or 'AMD EPYC, 2 cores'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -148,13 +149,13 @@ def device_name(device):
 
 
 def peak_flops(device):
-    """FLOP/s that the device's vendor states, None where PEAK_FLOPS does not know it."""
+    """The vendor's FLOP/s for the device, or None if PEAK_FLOPS does not list it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory_mb(device):
-    """The GPU memory that tensors took at most; on a CPU, the process's largest resident size."""
+    """The most GPU memory that tensors took; on a CPU, the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

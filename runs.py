@@ -1,5 +1,5 @@
 """
-What a run leaves on disk: its folder, its logs, its checkpoints. A kill can cut the last row of a log and nothing else.
+What a run leaves on disk: its folder, its logs and its checkpoints. A kill can cut only the last row of a log.
 
 Knows settings.py and configurator.py.
 """
@@ -35,8 +35,8 @@ except ImportError:
 @contextmanager
 def replacing(path, mode="w", **kw):
     """
-    A file to write, beside `path` until all of it is on disk, and then in its place: there entirely or not at all.
-    Raises OSError, whose message names the file.
+    Open a temporary file for writing, and rename it to `path` once all of it is on disk, so that `path` is never half
+    written. Raises OSError, whose message names the file.
     """
     tmp = Path(f"{path}.tmp")
     try:
@@ -52,7 +52,7 @@ def replacing(path, mode="w", **kw):
 
 
 def write_whole(path, text):
-    """Write a text file so that it is there entirely or not at all."""
+    """Write a text file completely or not at all."""
     with replacing(path, encoding="utf-8") as f:
         f.write(text)
 
@@ -81,7 +81,7 @@ CODE = ("norms.py", "kernels.py", "model.py", "moe.py", "optim.py", "train.py", 
 
 
 def code_hash():
-    """A digest of the files that decide what a run computes, their comments, docstrings and empty lines left out."""
+    """A digest of the files that decide a run's losses, without their comments, docstrings and empty lines."""
     digest = hashlib.sha256()
     for name in CODE:
         source = (Path(__file__).parent / name).read_text(encoding="utf-8")
@@ -103,9 +103,9 @@ def code_hash():
 
 def differing(saved, s, free=frozenset()):
     """
-    'lr 0.001 (here 0.002)' for each setting of a run on disk that is another in s; '' where there is none.
+    'lr 0.001 (here 0.002)' for each setting that differs between a run on disk and s; '' if none does.
 
-    saved: the run's settings, a dict. A setting that it does not know was added since, and had its default then.
+    saved: the run's settings, a dict. A setting that is missing there was added later, and counts as its default.
     """
     here, saved = asdict(s), {**asdict(type(s)()), **saved}
     names = [name for name in here if saved[name] != here[name]]
@@ -114,7 +114,7 @@ def differing(saved, s, free=frozenset()):
 
 
 def check_settings(saved, path):
-    """The settings in a run's file, without those of other versions. Raises ConfigError for what no run wrote."""
+    """The settings in a run's file, without those that no longer exist. Raises ConfigError if no run has such."""
     if type(saved) is not dict:
         raise ConfigError(f"{path} is not a run's; name another --out_dir")
     hints = get_type_hints(Settings, include_extras=True)
@@ -158,8 +158,8 @@ def claim_out_dir(s, completed=False):
 
 def lock(folder, name="train.lock"):
     """
-    Hold the folder for one run at a time, until the file that it returns is closed or the process ends. Raises
-    ConfigError where another holds it.
+    Lock the folder for one run, until the returned file is closed or the process ends. Raises ConfigError if another
+    process has locked it.
     """
     file = open(Path(folder) / name, "a+", encoding="utf-8")
     try:
@@ -211,7 +211,7 @@ def run_folder(s, master=True):
 
 
 class CSVLog:
-    """Rows of a run, written as they come. A resumed run drops those after its checkpoint's step."""
+    """A CSV file of a run, written row by row. A resumed run drops the rows after its checkpoint's step."""
 
     def __init__(self, path, columns, resume_step):
         header, kept = ",".join(columns), []
@@ -242,8 +242,8 @@ class CSVLog:
 
 def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint, scaler=None):
     """
-    Write a checkpoint: at every moment there is a whole one or none yet. scaler: numbers of fp16's, by name. Raises
-    OSError.
+    Write a checkpoint, so that at every moment there is a complete one, or none yet. scaler: the fp16 scaler's
+    numbers, by name. Raises OSError.
     """
     ckpt = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
             "settings": asdict(s), "tokenizer": tokenizer, "data": fingerprint, "rng": torch.get_rng_state(),
@@ -252,16 +252,16 @@ def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint, sc
         torch.save(ckpt, f)
     with suppress(PermissionError):  # Windows opens no folders
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself is on disk only when the folder is
+        os.fsync(folder)  # which holds the rename
         os.close(folder)
 
 
 def load_checkpoint(path):
     """
-    The dict that save_checkpoint wrote, on the CPU. Raises ConfigError where the file is cut, foreign or damaged.
+    The dict that save_checkpoint wrote, on the CPU. Raises ConfigError if the file is truncated, foreign or damaged.
 
-    weights_only: a checkpoint is data, and a stranger's cannot run anything. mmap: processes that read the same file
-    share its pages. The file is a zip archive, with a checksum for every tensor.
+    weights_only: a stranger's checkpoint cannot run code. mmap: processes that read the same file share its pages. The
+    file is a zip archive, with a checksum for every tensor.
     """
     try:
         with open_file(path) as f, zipfile.ZipFile(f) as archive:
@@ -270,7 +270,7 @@ def load_checkpoint(path):
             # torch maps files by their names, and takes only UTF-8 for one
             named = os.fsencode(path) == str(path).encode(errors="replace")
             ckpt = torch.load(path if named else f, map_location="cpu", weights_only=True, mmap=named)
-        # no file has more layers than tensors, whatever it says: to make them would take all memory
+        # building more layers than the file has tensors could take all memory
         kinds = [type(ckpt[name]) for name in ("step", "data", "optimizers", "tokenizer")]
         if (kinds[:3] != [int, dict, list] or kinds[3] not in (str, type(None))
                 or check_settings(ckpt["settings"], path).get("n_layer", 1) > len(ckpt["model"].keys())):
@@ -279,7 +279,7 @@ def load_checkpoint(path):
         [float(number) for number in ckpt.setdefault("scaler", {}).values()]
     except ConfigError:
         raise
-    except Exception as e:  # zipfile, pickle and torch each have their own for a file that is not what it should be
+    except Exception as e:  # zipfile, pickle and torch raise errors of many kinds
         raise ConfigError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is cut off or not ours. "
                           f"Start again in another --out_dir") from None
     if damaged:
@@ -289,13 +289,13 @@ def load_checkpoint(path):
 
 def check_tensors(found, wanted, path):
     """
-    Raise ConfigError unless `found`, a dict of what a file holds, has tensors with the names, shapes and dtypes of
-    those in `wanted`. Kernels take it for granted, and write past the end of a tensor that is too short.
+    Raise ConfigError unless `found`, a dict from a file, has tensors with the names, shapes and dtypes of those in
+    `wanted`. Kernels rely on it: they would write past the end of a tensor that is too short.
     """
     for name in {**wanted, **found}:
         pair = found.get(name), wanted.get(name)
         if not (all(isinstance(t, torch.Tensor) for t in pair) and pair[0].layout == torch.strided
                 and (pair[0].shape, pair[0].dtype) == (pair[1].shape, pair[1].dtype)):
             said = [f"{list(t.shape)} in {t.dtype}" if isinstance(t, torch.Tensor) else "no tensor" for t in pair]
-            raise ConfigError(f"{path}: {name} is {said[0]}, and the run has {said[1]}. It is of another version of "
-                              f"nanoScale, or not ours")
+            raise ConfigError(f"{path}: {name} is {said[0]}, and the run has {said[1]}. The file is from another "
+                              f"version of nanoScale, or not ours")

@@ -1,13 +1,13 @@
 """
-Every setting of a model and of a run, once: its type, its range, its default, and the comment that --help prints.
+Every setting of a model and of a run: its type, range, default, and the comment that --help prints.
 
-Knows configurator.py alone and does not load torch, so that --help and a typo are answered at once.
+Knows configurator.py alone and does not load torch, so that --help and mistakes are answered at once.
 """
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from configurator import Amount, ConfigError, Count, Fraction, Whole
+from configurator import LARGEST, Amount, ConfigError, Count, Fraction, Whole
 
 FORMS = ("direct", "or", "er", "product", "zero_centred")
 PLACEMENTS = ("input", "after", "dual", "dual_norm", "norm")
@@ -31,7 +31,7 @@ class GPTConfig:
     vocab_size: Whole = 256  # rows of the embedding, at least the data's vocabulary; 0 is just that
     block_size: Count = 256  # tokens in a sequence
     tie_embeddings: bool = False  # the LM head shares the token table
-    rope_theta: Annotated[float, 1.0, None] = 10000.0  # RoPE's base
+    rope_theta: Annotated[float, 1.0, LARGEST] = 10000.0  # RoPE's base
     norm_eps: Amount = 1e-6  # inside the square root of every norm but DNP's, which see the stream at its own size
     init_std: Amount = 0.0  # of the initial matrices; 0 is 1/√fan_in for each
     embedding_std: Amount = 0.0  # of the initial token table; 0 is 1, or the LM head's where they are tied
@@ -94,24 +94,24 @@ class Settings(GPTConfig):
     """All settings, as they were typed."""
 
     # the optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon for hidden matrices, one by one, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon on each hidden matrix, AdamW on the rest
     lr: Amount = 6e-3  # peak learning rate
-    scale_lr_mult: Amount = 1.0  # times lr, for scale vectors
+    scale_lr_mult: Amount = 1.0  # learning rate of scale vectors, relative to lr
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
     min_lr_frac: Fraction = 0.05  # of lr, where cosine ends; wsd ends at 0
     warmup_steps: Whole = 100  # steps of linear warm-up
     decay_frac: Fraction = 0.2  # of all steps: wsd's decay
-    shard_optimizer: bool = False  # ZeRO-1: each process keeps a share of the optimizer's state
-    weight_decay: Amount = 0.1  # on matrices, embeddings, and scale_decay's γ
-    scale_decay: Literal["input", "all", "none", "output"] = "all"  # roles of γ that weight decay acts on; input is IWD
+    shard_optimizer: bool = False  # ZeRO-1: each process keeps a part of the optimizer's state
+    weight_decay: Amount = 0.1  # of matrices, embeddings, and the γ that scale_decay names
+    scale_decay: Literal["input", "all", "none", "output"] = "all"  # which γ decay, by role; input is IWD
     decay_direction: bool = False  # scale_decay's decay on or's α too, which leaves γ and makes α turn faster [R]
     beta1: Beta = 0.9  # AdamW's
     beta2: Beta = 0.95  # AdamW's
     grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping
     # data and steps
-    dataset: str = "pysrc"  # a folder under data/, or a path with a slash in it
-    batch_tokens: Count = 2048  # tokens in an optimizer step, over all processes
-    micro_batch: Count = 16  # sequences in a forward pass of one process, at most
+    dataset: str = "pysrc"  # a folder under data/, or a path that contains a slash
+    batch_tokens: Count = 2048  # tokens per optimizer step, over all processes
+    micro_batch: Count = 16  # most sequences per forward pass of one process
     max_steps: Count = 1000  # optimizer steps
     stop_at: Whole = 0  # stop after this step, with the schedule of max_steps; --resume=True goes on; 0 is no stop
     eval_interval: Count = 250  # steps between evaluations
@@ -119,32 +119,32 @@ class Settings(GPTConfig):
     log_interval: Count = 10  # steps between rows of the log
     save_interval: Count = 250  # steps between checkpoints
     # the run
-    init_from: str = ""  # start from weights and shape of a folder by export.py, or of a Hugging Face Llama or Mixtral
+    init_from: str = ""  # start from the weights and shape in a folder by export.py, or of a Hugging Face Llama
     seed: Seed = 1  # of the initial weights and the order of the data
-    out_dir: str = ""  # of the run; empty is out/ and the names of the config files
-    resume: Literal[False, True, "auto"] = False  # go on from out_dir's checkpoint; auto where there is one
+    out_dir: str = ""  # the run's folder; empty is out/ and the names of the config files
+    resume: Literal[False, True, "auto"] = False  # continue from out_dir's checkpoint; auto: if there is one
     overwrite: bool = False  # start over: a run in out_dir moves to out_dir.1, or the next number that is free
-    device: str = "auto"  # cuda where there is one, else mps, else cpu
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto where the device is cuda
-    kernels: Literal["auto", "torch"] = "auto"  # auto is Triton's on cuda; torch is their twins, also to edit those
-    dist_timeout: Annotated[float, 0.01, 1e6] = 10.0  # minutes that processes wait for one that stands still
-    sample_tokens: Whole = 256  # tokens of text shown at the end
+    device: str = "auto"  # auto: cuda if available, else mps, else cpu
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on cuda
+    kernels: Literal["auto", "torch"] = "auto"  # auto: Triton's on cuda; torch: their twins in PyTorch
+    dist_timeout: Annotated[float, 0.01, 1e6] = 10.0  # minutes that a process waits for another
+    sample_tokens: Whole = 256  # length of the sample that is printed at the end
     wandb: str = ""  # Weights & Biases project that the rows of log.csv go to as well; empty is none
-    dry_run: bool = False  # print the counts and the parameter groups, train nothing
+    dry_run: bool = False  # only print the counts and the parameter groups
 
     def __post_init__(self):
-        pass  # nothing is completed before gpt_config
+        pass  # gpt_config completes them
 
 
-# What a resumed run may change: nothing of it changes what a step computes, beyond rounding. max_steps moves the
-# schedule's end, knowingly.
+# What a resumed run may change. Beyond rounding, none of these changes what a step computes, but max_steps moves the
+# end of the schedule.
 FREE_ON_RESUME = {"micro_batch", "max_steps", "stop_at", "eval_interval", "log_interval", "save_interval", "out_dir",
                   "resume", "overwrite", "device", "dtype", "compile", "kernels", "sample_tokens", "shard_optimizer",
                   "dist_timeout", "dry_run", "wandb"}
 
 
 def gpt_config(s, dtype="float32"):
-    """The GPTConfig of settings s, its activations in dtype. Raises ConfigError where they do not fit together."""
+    """The GPTConfig of settings s, with activations in dtype. Raises ConfigError if settings contradict each other."""
     return GPTConfig(**{**{f.name: getattr(s, f.name) for f in fields(GPTConfig)}, "dtype": dtype})
 
 
@@ -152,7 +152,7 @@ def batch_plan(s, world):
     """
     (sequences of one process, sequences of one micro-batch, micro-batches) of an optimizer step.
 
-    All of batch_tokens is shared among `world` processes in equal parts. Raises ConfigError where it cannot be.
+    batch_tokens is divided equally among `world` processes. Raises ConfigError if that is impossible.
     """
     if s.batch_tokens % s.block_size:
         raise ConfigError(f"batch_tokens {s.batch_tokens} is not divisible by block_size {s.block_size}")

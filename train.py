@@ -5,8 +5,8 @@ Train a GPT with any scale-vector strategy:
     python train.py config/size/llama_0.12b.py config/unified.py --seed=2
     torchrun --standalone --nproc_per_node=8 train.py config/size/llama_1b.py config/unified.py
 
-Config files and --key=value flags apply from left to right. --resume=auto starts a run, or goes on with it if it was
-stopped; --overwrite=True starts over. The loop is in train(), after what sets it up and before what reports on it.
+Config files and --key=value flags apply from left to right. --resume=auto starts a run, or continues it if it was
+stopped. --overwrite=True starts over. The loop is in train(), between its setup and its report.
 """
 
 import sys
@@ -70,7 +70,7 @@ from runs import (
 
 
 class Diverged(RuntimeError):
-    """The loss or a gradient is not a number any more."""
+    """The loss or a gradient is no longer finite."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def default_out_dir(config_files):
 
 
 def prepare_data(s, here=True):
-    """The folder of the data; the embedded corpus prepares itself, where it is `here` that it should."""
+    """The folder of the data. The embedded corpus is prepared first if it is missing and `here` is True."""
     folder = data_folder(s.dataset)
     if s.dataset == "pysrc" and not (folder / "meta.json").exists() and here:
         from data.pysrc.prepare import prepare
@@ -91,7 +91,10 @@ def prepare_data(s, here=True):
 
 
 def open_data(s, rank, distributed):
-    """(training Tokens, validation Tokens, their fingerprint); a vocab_size of 0 becomes theirs. Raises DataError."""
+    """
+    Return (training Tokens, validation Tokens, their fingerprints). Sets a vocab_size of 0 to the data's. Raises
+    DataError.
+    """
     folder = prepare_data(s, here=rank == 0)
     if distributed:
         dist.barrier()
@@ -102,7 +105,7 @@ def open_data(s, rank, distributed):
 
 
 def make_model(s, config, device, distributed):
-    """(GPT on the device, its optimizers), at their start or at --init_from's weights. Raises ConfigError."""
+    """Return (GPT on the device, its optimizers), with initial weights or --init_from's. Raises ConfigError."""
     try:
         tensors = read_tensors(s.init_from) if s.init_from and not s.resume else {}
         torch.manual_seed(s.seed)
@@ -117,7 +120,7 @@ def make_model(s, config, device, distributed):
 
 
 def own_checkpoint(s, path, fingerprint):
-    """The checkpoint that a run of these settings and data left in `path`. Raises ConfigError where another has."""
+    """Load the checkpoint in `path`. Raises ConfigError if its settings or data are not the run's."""
     ckpt = load_checkpoint(path)
     if changed := differing(ckpt["settings"], s, FREE_ON_RESUME):
         raise ConfigError(f"{path} has other settings: {changed}. Resume with the same ones")
@@ -127,13 +130,13 @@ def own_checkpoint(s, path, fingerprint):
 
 
 def restore(ckpt, path, model, optimizers, scaler):
-    """Put a run back to where its checkpoint was written: its step, and how many were skipped. Raises ConfigError."""
+    """Load a checkpoint into model, optimizers, scaler and RNG. Returns (step, skipped steps). Raises ConfigError."""
     def tensors(weights, rng, states):
         moments = {f"{name} of optimizer {k}'s parameter {i}": t for k, state in enumerate(states)
                    for i, each in state.items() for name, t in each.items()}
         return {**weights, "rng": rng, **moments}
     states, skipped = [optimizer["state"] for optimizer in ckpt["optimizers"]], ckpt["scaler"].pop("skipped", 0)
-    stepped = ckpt["step"] > skipped  # before that, an optimizer has no state
+    stepped = ckpt["step"] > skipped  # until its first step an optimizer has no state
     check_tensors(tensors(ckpt["model"], ckpt["rng"], states),
                   tensors(model.state_dict(), torch.get_rng_state(),
                           [expected_state(optimizer) if stepped else {} for optimizer in optimizers]), path)
@@ -150,8 +153,8 @@ def restore(ckpt, path, model, optimizers, scaler):
 @contextlib.contextmanager
 def noted_signals():
     """
-    Ctrl-C, SIGTERM and a terminal that goes away let the step finish; a second Ctrl-C stops at once. Yields a list that
-    signals are appended to.
+    Yield a list to which Ctrl-C, SIGTERM and SIGHUP are appended, so that the current step can finish. A second Ctrl-C
+    stops at once.
     """
     signals = []
 
@@ -180,12 +183,12 @@ SCALE_COLUMNS = ["step", "name", "role", "mean", "std", "min", "max", "norm", "c
 
 @torch.no_grad()
 def scale_statistics(model, step):
-    """A row for every effective γ; cosine is the one to γ's initial value, all ones."""
+    """One row per effective γ. cosine: between γ and its initial value, all ones."""
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, ScaleVector):
             gamma = module().cpu().double()
-            for e, g in enumerate(gamma.view(-1, module.n)):  # each expert's, where they are stacked
+            for e, g in enumerate(gamma.view(-1, module.n)):  # one per expert, if they are stacked
                 norm = torch.linalg.vector_norm(g)
                 cosine = g.sum() / (norm * math.sqrt(g.numel()))
                 values = torch.stack((g.mean(), g.std(correction=0), g.min(), g.max(), norm, cosine)).tolist()
@@ -196,9 +199,9 @@ def scale_statistics(model, step):
 
 def expert_statistics(load, entropy, step):
     """
-    A row for each layer's router at a step: largest over mean load, experts without a token, entropy in nats.
+    One row per layer: largest over mean load, number of experts without a token, entropy of the router in nats.
 
-    load: (n_layer, E) int64. entropy: (n_layer,). Both of the whole step.
+    load: (n_layer, E) int64. entropy: (n_layer,). Both cover the whole step.
     """
     load = load.cpu().double()
     values = zip((load.amax(1) / load.mean(1)).tolist(), (load == 0).sum(1).tolist(), entropy.tolist())
@@ -290,7 +293,7 @@ def tokens_per_second(seconds, s):
 
 
 def to_device(arrays, device):
-    """(x, y) of a batch as tensors; pinned, so that the copy to a GPU runs while the CPU goes on."""
+    """The arrays of a batch as tensors. Pinned memory lets the copy to a GPU run while the CPU goes on."""
     tensors = (torch.from_numpy(a) for a in arrays)
     if device.type == "cuda":
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
@@ -361,7 +364,7 @@ def main(s, config_files=()):
     rank, world, distributed = processes()
     machine = pick_device(s)
     device = machine.device
-    if not s.dry_run:  # which writes nothing
+    if not s.dry_run:  # it writes nothing
         claim_out_dir(s)
     init_tokenizer, init_note = adopt(s) if s.init_from else (None, "")
     batch_plan(s, world)
@@ -378,7 +381,7 @@ def main(s, config_files=()):
         if distributed:
             compare_ranks({**asdict(s), "device": device.type, **versions(), "code": code_hash(), "data": fingerprint},
                           rank, world)
-        with run_folder(s, master=rank == 0) as out:  # all that can be refused was: only now is anything written
+        with run_folder(s, master=rank == 0) as out:  # nothing was written until now, when all is checked
             with kernels.backend(s.kernels):
                 train(s, out, train_data, val_data, fingerprint, machine, rank, world, distributed, init_note)
 
@@ -489,7 +492,7 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
 
 
 def report(s, model, val_data, val_loss, rate, device, world):
-    """The closing block of `key: value` lines, a sample, and the command that draws the run. rate: tokens a second."""
+    """Print the closing `key: value` lines, a sample, and the command that draws the run. rate: tokens per second."""
     summary = {"val_loss": f"{val_loss:.4f}"}
     if bytes_per_token := val_data.bytes_per_token(val_data.spread(s.eval_tokens)):
         summary["val_bpb"] = f"{val_loss / math.log(2) / bytes_per_token:.4f}"
@@ -501,13 +504,13 @@ def report(s, model, val_data, val_loss, rate, device, world):
     if s.sample_tokens:
         try:
             show_sample(model, val_data.tokenizer, s, device)
-        except (RuntimeError, ValueError) as e:  # DataError is one: a machine without the BPE files trains all the same
+        except (RuntimeError, ValueError) as e:  # DataError is a ValueError: the BPE files may be missing
             print(f"no sample: {' '.join(str(e).splitlines())}")
     print(f"pictures: {shlex.join(['python', 'plot.py', s.out_dir])}")
 
 
 def show_sample(model, tokenizer, s, device):
-    """Print what the model writes after a document's start."""
+    """Print what the model generates from the start of a document."""
     tokenizer = load_tokenizer(tokenizer)
     start = torch.full((1, 1), tokenizer.separator, device=device)
     generator = torch.Generator(device).manual_seed(s.seed)
@@ -517,7 +520,7 @@ def show_sample(model, tokenizer, s, device):
 
 
 def dry_run(s, machine, world):
-    """Build the model on the meta device, where tensors have shapes but no memory, and print what it would be."""
+    """Build the model on the meta device, where tensors have shapes but no memory, and print its counts and groups."""
     s.vocab_size = s.vocab_size or vocabulary(prepare_data(s))
     with torch.device("meta"):
         model = GPT(gpt_config(s))
@@ -535,7 +538,7 @@ def dry_run(s, machine, world):
 
 
 def run(s, config_files=()):
-    """main, with exit codes for the shell: 2 for what was asked wrongly, 1 for what went wrong on the way."""
+    """Run main, with exit codes for the shell: 2 for a mistake in the settings or data, 1 for a failure later."""
     try:
         main(s, config_files)
     except ConfigError as e:
@@ -544,10 +547,11 @@ def run(s, config_files=()):
         refuse(e, 1)
     except OSError as e:
         ckpt = Path(s.out_dir, "ckpt.pt")
-        refuse(f"{e}; " + (f"{ckpt} is kept: put that right, then --resume=True" if ckpt.exists() else
-                           "put that right, then start again"), 1)
+        refuse(f"{e}; " + (f"{ckpt} is kept: fix that, then use --resume=True" if ckpt.exists() else
+                           "fix that, then start again"), 1)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+                or "calculation overflowed" in str(e)):  # of a tensor's size
             raise
         refuse(f"out of memory. A smaller --micro_batch needs less; {(str(e).splitlines() or ['that is all'])[0]}", 1)
 

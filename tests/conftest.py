@@ -38,6 +38,15 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def small(corpus, **kw):
+    """Settings of a run of a second or so."""
+    from settings import Settings
+    few = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_tokens=64, micro_batch=4, max_steps=8,
+               warmup_steps=2, eval_interval=4, eval_tokens=512, log_interval=1, save_interval=4, sample_tokens=0,
+               device="cpu")
+    return Settings(**{**few, "dataset": str(corpus), **kw})
+
+
 @pytest.fixture
 def gpt2():
     """GPT-2's tokenizer; the test is skipped where its files are missing."""
@@ -50,15 +59,22 @@ def gpt2():
 
 @pytest.fixture
 def settings(corpus, tmp_path):
-    """A function that makes the settings of a run of a second or so; keywords change them."""
-    from settings import Settings
+    """A function that makes such settings, with out_dir in tmp_path; keywords change them."""
+    return lambda **kw: small(corpus, **{"out_dir": str(tmp_path / "run"), **kw})
 
-    def make(**kw):
-        small = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_tokens=64, micro_batch=4, max_steps=8,
-                     warmup_steps=2, eval_interval=4, eval_tokens=512, log_interval=1, save_interval=4,
-                     sample_tokens=0, device="cpu", dataset=str(corpus), out_dir=str(tmp_path / "run"))
-        return Settings(**{**small, **kw})
-    return make
+
+@pytest.fixture(scope="session")
+def finished_once(corpus, tmp_path_factory):
+    from train import main
+    out = tmp_path_factory.mktemp("finished") / "run"
+    main(small(corpus, out_dir=str(out)))
+    return out
+
+
+@pytest.fixture
+def finished(finished_once, settings):
+    """The folder of settings(), where its run has ended."""
+    return Path(shutil.copytree(finished_once, settings().out_dir))
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def attempt(args, out, moment, rng, env):
 
 
 def torment(folder, kills, steps, seed=0, bar=None, threads=1, each=None):
-    """Spend `kills` kills on runs in folder. Returns a dict of what was done. Raises AssertionError on any difference."""
+    """Spend `kills` kills on runs in folder. Returns what was done, a dict. Raises AssertionError on any difference."""
     folder, rng, env = Path(folder), random.Random(seed), dict(os.environ, OMP_NUM_THREADS=str(threads))
     data = folder / "data"
     data.mkdir(parents=True)

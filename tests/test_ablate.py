@@ -152,7 +152,7 @@ def test_longer_runs_take_the_rate_of_the_arm_they_name(tiny):
 @pytest.mark.parametrize("args, message", [
     ([], "name a suite first"), (["primry"], "there is no suite 'primry'"), (["primary", "--seeds=a"], "--seeds takes"),
     (["primary", "--lrs=-1"], "at least 0"), (["primary", "--seed=2"], "it takes --seeds, --lrs and --out"),
-    (["primary", "--jobs=0"], "jobs must be between 1"), (["primary", "--n_head=3"], "not divisible by n_head"),
+    (["primary", "--jobs=0"], "jobs must be at least 1"), (["primary", "--n_head=3"], "not divisible by n_head"),
     (["primary", "--batch_tokens=33"], "not divisible by block_size"), (["a/x.py,b/x.py"], "of different names"),
     (["primary", "--lrs=1,2,3", "--seeds=1,101"], "share a seed"), (["figure6", "--sizes=1@²"], "as in 2@100"),
     (["figure6", "--sizes=²"], "there is no such config file"),

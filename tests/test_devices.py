@@ -5,8 +5,6 @@ import functools
 import mmap
 import os
 import re
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,9 +100,22 @@ def test_flags_and_machines_without_a_gpu(fake, choice, monkeypatch):
     assert choice()[0] == ("cuda:0", "float32", "torch", True)
 
 
+WORLD = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize("env", [dict(RANK="0"), dict(WORLD_SIZE="2"), dict(LOCAL_RANK="x"), dict(WORLD, RANK="abc"),
+                                 dict(WORLD, RANK="²"), dict(WORLD, RANK="2")], ids=str)
+def test_half_of_torchruns_environment_is_refused(env, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    for ask in (devices.processes, lambda: devices.pick_device(Settings(device="cpu"))):
+        with pytest.raises(ConfigError, match="is in the environment, without all that torchrun sets: .*unset it"):
+            ask()
+
+
 def test_several_processes_do_not_get_mps(fake, monkeypatch):
     fake(mps=True)
-    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1").items():
+    for name, value in WORLD.items():
         monkeypatch.setenv(name, value)
     assert devices.pick_device(Settings()).device.type == "cpu"
     with pytest.raises(ConfigError, match="add --device=cpu"):
@@ -140,7 +151,7 @@ def scaled_by(monkeypatch, scale):
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(GRAD_SCALER, init_scale=scale))
 
 
-@pytest.mark.parametrize("kw", [{}, dict(optimizer="muon"), dict(n_experts=4, expert_dim=8)], ids=["", "muon", "moe"])
+@pytest.mark.parametrize("kw", [{}, dict(optimizer="muon", n_experts=4, expert_dim=8)], ids=["", "muon and moe"])
 def test_fp16_ends_where_fp32_does(settings, tmp_path, kw):
     losses = []
     for dtype in ("float32", "float16"):
@@ -185,8 +196,9 @@ def test_an_overflow_skips_its_step_and_nothing_else(settings, monkeypatch, caps
     assert {int(state["step"]) for state in after["optimizers"][0]["state"].values()} == {1}
 
 
-@pytest.mark.parametrize("stop", [1, 6], ids=["between overflows", "after them"])
-def test_fp16_resumes_bit_for_bit(settings, tmp_path, monkeypatch, stop):
+def test_fp16_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
+    """From between two overflows."""
+    stop = 1
     scaled_by(monkeypatch, 2.0**23)
     kw = dict(**UNIFIED, schedule="constant", dtype="float16", save_interval=1)
     whole, parts = settings(**kw, max_steps=12), settings(**kw, max_steps=stop, out_dir=str(tmp_path / "parts"))
@@ -241,8 +253,8 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kw", [{}, UNIFIED, dict(**UNIFIED, n_experts=4, expert_dim=8), dict(optimizer="muon"),
-                                dict(arch="gemma", reparam="er")], ids=["baseline", "unified", "moe", "muon", "gemma"])
+@pytest.mark.parametrize("kw", [dict(**UNIFIED, n_experts=4, expert_dim=8), dict(optimizer="muon"),
+                                dict(arch="gemma", reparam="er")], ids=["unified moe", "muon", "gemma"])
 def test_a_device_without_float64(settings, monkeypatch, kw, capsys):
     """The model is made at home; from then on until the sample's last token nothing on the device is in float64."""
     mode, real = NoFloat64(monkeypatch), train.make_model
@@ -312,43 +324,3 @@ def test_the_simulation_of_windows_refuses(monkeypatch, tmp_path):
             os.replace(b, a)
         view.close()
         os.replace(b, a)
-
-
-# several processes
-
-def test_a_compiled_model_is_cut_at_ddps_buckets(tmp_path):
-    """So that gradients are sent while the backward pass goes on: one graph for all of it sends them at its end."""
-    script = tmp_path / "graphs.py"
-    script.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT / 'tests')!r})
-import torch, worlds, train
-from torch.nn.parallel import DistributedDataParallel
-graphs = []
-def backend(module, inputs):
-    if torch.is_grad_enabled():
-        graphs.append(sum(1 for node in module.graph.nodes if node.op == "call_function"))
-    return module.forward
-compile, ddp = torch.compile, train.DistributedDataParallel
-torch.compile = lambda model: compile(model, backend=backend)
-train.DistributedDataParallel = lambda *a, **kw: ddp(*a, **kw, bucket_cap_mb=float(sys.argv[2]))
-flags = ["--n_layer=4", "--n_embd=192", "--n_head=2", "--compile=True", "--micro_batch=2"]
-train.main(worlds.settings("unified", sys.argv[1] + sys.argv[2], sys.argv[3], 3, *flags))
-if os.environ["RANK"] == "0":
-    print("graphs:", len(graphs), max(graphs))
-""")
-    corpus = tmp_path / "data"
-    from data.tokens import BinWriter, load_tokenizer, write_meta
-    corpus.mkdir()
-    for split in ("train", "val"):
-        with BinWriter(corpus / f"{split}.bin") as out:
-            out.write(torch.randint(256, (4000,)).numpy().astype("uint16"))
-    write_meta(corpus, load_tokenizer("bytes"))
-    graphs = {}
-    for megabytes in (1.1, 1000):  # 8 MB of gradients
-        run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                              script, tmp_path / "out", str(megabytes), corpus], capture_output=True, text=True)
-        assert run.returncode == 0 and "FutureWarning" not in run.stderr, run.stderr
-        graphs[megabytes] = tuple(map(int, re.search(r"graphs: (\d+) (\d+)", run.stdout).groups()))
-    (many, small), (few, large) = graphs[1.1], graphs[1000]
-    assert many >= 3 * few and small < large / 2, graphs

@@ -178,7 +178,7 @@ REFUSED = [
     (dict(intermediate_size=50), "has shape"),
     (dict(num_hidden_layers=1), "nanoScale's models have no model.layers.1"),
     (dict(num_hidden_layers=3), "there is no tensor blocks.2"),
-    (dict(num_hidden_layers=10**9), "num_hidden_layers must be between 1 and 10000"),
+    (dict(num_hidden_layers=10**9), "num_hidden_layers must be at most 10000"),
     (dict(hidden_size=2**40), "config.json asks for"), (dict(hidden_size=2**62), "config.json asks for"),
     (dict(max_position_embeddings=10**12), "config.json asks for"), (dict(vocab_size=2**40), "config.json asks for"),
     (dict(intermediate_size=2**40), "config.json asks for"), (dict(head_dim=2**40), "config.json asks for"),

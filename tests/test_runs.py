@@ -27,18 +27,21 @@ COLUMNS = ["step", "loss"]
 # the lock
 
 @pytest.mark.parametrize("change", [dict(), dict(resume=True), dict(resume="auto"), dict(overwrite=True)], ids=str)
-def test_one_run_at_a_time(settings, change):
-    if change:
-        main(settings())
-    folder = Path(settings().out_dir)
-    folder.mkdir(exist_ok=True)
-    s = settings(max_steps=12, **change) if "resume" in change else settings(**change)
-    with lock(folder):
-        before = snapshot(folder)
+def test_one_run_at_a_time(settings, finished, change):
+    """Another has just begun, so that there is no config.json that would be refused first."""
+    if not change:
+        (finished / "config.json").unlink()
+        (finished / "ckpt.pt").unlink()
+    with lock(finished):
+        before = snapshot(finished)
         with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on .*: wait for it") as e:
-            main(s)
-        assert "\n" not in str(e.value) and snapshot(folder) == before
-    main(s)
+            with run_folder(settings(**change)):
+                pass
+        assert "\n" not in str(e.value) and snapshot(finished) == before
+    for name in ("log.csv", "scales.csv"):
+        (finished / name).unlink()
+    with run_folder(settings(**change)):
+        pass
 
 
 def test_a_folder_is_looked_at_again_once_it_is_locked(settings, monkeypatch):
@@ -65,9 +68,8 @@ def test_a_file_system_without_locks_is_no_reason_not_to_train(settings, monkeyp
 
 # --overwrite=True
 
-def test_overwrite_moves_the_old_folder_and_starts_over(settings, tmp_path, capsys):
-    main(settings())
-    folder = Path(settings().out_dir)
+def test_overwrite_moves_the_old_folder_and_starts_over(settings, finished, tmp_path, capsys):
+    folder = finished
     (folder / "notes.txt").write_text("mine")
     before = snapshot(folder)
     for old in ("run.1", "run.2"):
@@ -78,8 +80,7 @@ def test_overwrite_moves_the_old_folder_and_starts_over(settings, tmp_path, caps
     main(settings(resume=True, lr=0.01, max_steps=10))
 
 
-def test_an_old_run_stays_where_nothing_comes_of_the_new_one(settings, tmp_path, monkeypatch):
-    main(settings())
+def test_an_old_run_stays_where_nothing_comes_of_the_new_one(settings, finished, tmp_path, monkeypatch):
     before = snapshot(tmp_path)
 
     def fail(*args):
@@ -112,7 +113,7 @@ def test_links_in_a_circle_are_no_folder(settings, tmp_path):
 @pytest.mark.parametrize("name", ["closed", "closed/run", "closed/a/run"])
 def test_a_folder_that_is_closed_to_us_is_named(settings, nobody, name, mode):
     (nobody / "closed").mkdir(mode=mode)
-    with pytest.raises(ConfigError, match=f"out_dir {nobody}/{name} cannot be (made: {nobody}/closed|used: Permission)"):
+    with pytest.raises(ConfigError, match=f"{nobody}/{name} cannot be (made: {nobody}/closed|used: Permission)"):
         runs.claim_out_dir(settings(out_dir=str(nobody / name), resume="auto"))
     (nobody / "closed").chmod(0o700)
 
@@ -128,11 +129,11 @@ def test_a_path_that_is_not_utf8_holds_a_run_like_others(settings, tmp_path, cap
 
 # the same command again
 
-@pytest.mark.parametrize("kw", [dict(vocab_size=0), dict(vocab_size=0, init_from="START"), dict(init_from="START")], ids=str)
+@pytest.mark.parametrize("kw", [dict(vocab_size=0), dict(vocab_size=0, init_from="START")], ids=str)
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(settings, tmp_path, monkeypatch, kw):
     """Its config.json holds settings that were completed, and the command line holds them as they were typed."""
     if "init_from" in kw:  # whose shape is no default
-        monkeypatch.setattr(train, "adopt", lambda s: take_shape(s, {"n_embd": 32, "vocab_size": 256}, "there") or (None, ""))
+        monkeypatch.setattr(train, "adopt", lambda s: take_shape(s, dict(n_embd=32, vocab_size=256), "") or (None, ""))
         monkeypatch.setattr(train, "read_tensors", lambda folder: {})
         kw = {**kw, "n_embd": Settings().n_embd}
 
@@ -153,8 +154,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(settings
 # the commit
 
 def git(folder, *args):
-    subprocess.run(("git", "-c", "user.name=x", "-c", "user.email=x", *args), cwd=folder, check=True, capture_output=True,
-                   env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")})
+    subprocess.run(("git", "-c", "user.name=x", "-c", "user.email=x", *args), cwd=folder, check=True,
+                   capture_output=True, env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")})
 
 
 @pytest.fixture
@@ -245,13 +246,6 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_no_tmp(tmp_path, monk
     assert snapshot(tmp_path) == {tmp_path / "a": b"before"}
 
 
-def test_on_windows_a_folder_cannot_be_opened(settings, monkeypatch):
-    def refused(*args):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(runs, "os", types.SimpleNamespace(**{**vars(os), "name": "nt", "open": refused}))
-    main(settings())
-
-
 # what is read
 
 def test_tensors_are_checked_by_name_shape_dtype_and_layout():
@@ -276,15 +270,9 @@ def first(ckpt):
 
 @pytest.mark.parametrize("edit, message", [
     (lambda c: first(c).update(exp_avg=torch.zeros(2)), "exp_avg of optimizer 0's parameter 0 is .2. in"),
-    (lambda c: first(c).update(exp_avg=first(c)["exp_avg"].half()), "exp_avg of .* in torch.float16"),
-    (lambda c: first(c).pop("exp_avg_sq"), "exp_avg_sq of .* is no tensor"),
-    (lambda c: first(c).update(more=torch.zeros(1)), "more of .* and the run has no tensor"),
     (lambda c: c["optimizers"][0]["state"].clear(), "parameter 0 is no tensor"),
     (lambda c: c["optimizers"].clear(), "parameter 0 is no tensor"),
     (lambda c: c["model"].update(wte=torch.zeros(3, 16)), r"wte is \[3, 16\] .*the run has \[256, 16\]"),
-    (lambda c: c["model"].pop("wte"), "wte is no tensor"),
-    (lambda c: c["model"].update(wte=[[0.0] * 16] * 256), "wte is no tensor"),
-    (lambda c: c.update(rng=torch.zeros(3)), "rng is "),
     (lambda c: c.update(rng=[]), "rng is no tensor"),
     (lambda c: c.update(model=[[[]]]), "not ours"),
     (lambda c: c.update(optimizers=[[]]), "not ours"),
@@ -292,12 +280,11 @@ def first(ckpt):
     (lambda c: c.update(step="4"), "not ours"),
     (lambda c: c.update(settings=[]), "not a run's"),
     (lambda c: c["settings"].update(n_layer=1e9), "n_layer must be an int"),
-    (lambda c: c["settings"].update(n_layer=10 ** 9), "n_layer must be between 1 and 10000"),
+    (lambda c: c["settings"].update(n_layer=10 ** 9), "n_layer must be at most 10000"),
     (lambda c: c["settings"].update(n_layer=9999), "not ours"),
     (lambda c: c["settings"].update(lr=[[]]), "lr must be a float"),
 ])
-def test_a_checkpoint_is_checked_before_anything_is_made_of_it(settings, edit, message, monkeypatch):
-    main(settings())
+def test_a_checkpoint_is_checked_before_anything_is_made_of_it(settings, finished, edit, message):
     change(Path(settings().out_dir) / "ckpt.pt", edit)
     before = snapshot(settings().out_dir)
     with pytest.raises(ConfigError, match=message) as e:
@@ -305,9 +292,8 @@ def test_a_checkpoint_is_checked_before_anything_is_made_of_it(settings, edit, m
     assert "\n" not in str(e.value) and "ckpt.pt" in str(e.value) and snapshot(settings().out_dir) == before
 
 
-def test_hyperparameters_are_the_settings_not_the_files(settings):
+def test_hyperparameters_are_the_settings_not_the_files(settings, finished):
     """A checkpoint cannot make AdamW maximise."""
-    main(settings())
     reference = settings(max_steps=10)
     path = Path(reference.out_dir) / "ckpt.pt"
     content = path.read_bytes()
@@ -330,17 +316,6 @@ def test_expected_state_is_what_a_step_leaves(settings, kw):
         assert saved["state"].keys() == wanted.keys()
         for i in wanted:
             check_tensors(saved["state"][i], wanted[i], "")
-
-
-def test_settings_of_a_damaged_config_json_are_refused(settings):
-    main(settings())
-    path = Path(settings().out_dir) / "config.json"
-    whole = json.loads(path.read_text())
-    for there, message in (([], "not a run's"), ({"n_layer": 1e9}, "config.json: n_layer must be an int"),
-                           ({"lr": None}, "config.json: lr must be a float")):
-        path.write_text(json.dumps({**whole, "settings": there}))
-        with pytest.raises(ConfigError, match=message):
-            main(settings())
 
 
 def test_a_resumed_run_says_what_is_not_as_it_was(settings, monkeypatch, capsys):

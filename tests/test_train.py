@@ -18,14 +18,13 @@ from conftest import ROOT, snapshot
 
 import train
 from configurator import ConfigError, configure
-from data.tokens import BinWriter, DataError, load_tokenizer, write_meta
+from data.tokens import BinWriter, load_tokenizer, write_meta
 from norms import ScaleVector
 from runs import load_checkpoint
 from settings import Settings, batch_plan
 from train import Diverged, main
 
 UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
-FREE = {**UNIFIED, "placement": "dual"}
 
 
 def log(s, column="train_loss"):
@@ -94,10 +93,8 @@ def test_scales_csv_holds_every_effective_gamma(settings, reparam):
 
 # the same numbers, however a run goes
 
-@pytest.mark.parametrize("kw", [dict(), UNIFIED, dict(**FREE, decay_direction=True),
-                                dict(**FREE, attn_placement="dual_norm"),
-                                dict(optimizer="muon", schedule="wsd", arch="gemma")], ids=str)
-def test_twice_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(settings, tmp_path, monkeypatch, kw):
+@pytest.mark.parametrize("kw", [UNIFIED, dict(optimizer="muon", schedule="wsd", arch="gemma")], ids=str)
+def test_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(settings, tmp_path, monkeypatch, capsys, kw):
     reference = settings(**kw)
     main(reference)
     again = settings(out_dir=str(tmp_path / "again"), eval_interval=1, save_interval=3, **kw)
@@ -105,7 +102,7 @@ def test_twice_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(
     assert log(again) == log(reference) and equal(weights(again), weights(reference))
 
     resumed = settings(out_dir=str(tmp_path / "resumed"), **kw)
-    for step in (0, 1, 4, 6):
+    for step in (0, 4):
         with monkeypatch.context() as m:
             stop_at(m, step)
             with pytest.raises(SystemExit) as stop:
@@ -114,6 +111,9 @@ def test_twice_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(
         assert load_checkpoint(Path(resumed.out_dir) / "ckpt.pt")["step"] == step + 1
         resumed.resume = True
     main(resumed)
+    finished = snapshot(resumed.out_dir)
+    main(resumed)
+    assert "is finished: step 8 of 8" in capsys.readouterr().out and snapshot(resumed.out_dir) == finished
     assert log(resumed) == log(reference) and log(resumed, "val_loss") == log(reference, "val_loss")
     assert equal(weights(resumed), weights(reference))
     scales = [(Path(s.out_dir) / "scales.csv").read_text() for s in (resumed, reference)]
@@ -167,15 +167,6 @@ def test_a_router_that_no_loss_trains_is_said(settings, capsys, router, said):
     assert (max(gradients) < 1e-7) == said
 
 
-def test_accumulated_micro_batches_are_the_whole_batch(settings, tmp_path):
-    whole = settings(max_steps=20)
-    parts = settings(max_steps=20, micro_batch=1, out_dir=str(tmp_path / "parts"))
-    main(whole)
-    main(parts)
-    a, b = ([float(v) for v in log(s).values()] for s in (whole, parts))
-    assert max(abs(x - y) for x, y in zip(a, b)) < 1e-5
-
-
 def test_ctrl_c_saves_and_a_second_one_stops_at_once(settings, monkeypatch, capsys, request):
     s, before = settings(max_steps=50), signal.default_int_handler
     outer = signal.signal(signal.SIGINT, before)  # a background job is born with it ignored
@@ -193,18 +184,6 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(settings, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt):
         main(s)
     assert load_checkpoint(Path(s.out_dir) / "ckpt.pt")["step"] == 4  # what save_interval had left
-
-
-def test_a_finished_run_resumed_does_nothing_and_more_steps_continue_it(settings, capsys):
-    s = settings()
-    main(s)
-    before = snapshot(s.out_dir)
-    s.resume = True
-    main(s)
-    assert "is finished: step 8 of 8" in capsys.readouterr().out and snapshot(s.out_dir) == before
-    s.max_steps = 12
-    main(s)
-    assert list(log(s)) == list(range(1, 13))
 
 
 def test_evaluation_uses_the_same_tokens_whatever_the_micro_batch(settings, corpus):
@@ -287,49 +266,6 @@ def test_a_nan_in_one_gradient_never_reaches_the_weights(settings, monkeypatch):
     with pytest.raises(Diverged, match="step 3: .* gradient norm nan"):
         main(s)
     assert load_checkpoint(Path(s.out_dir) / "ckpt.pt")["step"] == 3
-
-
-def cut(path, keep):
-    path.write_bytes(path.read_bytes()[:keep])
-
-
-def damage_middle(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damage,message", [
-    (lambda p: cut(p, p.stat().st_size // 2), "cut off or not ours"),
-    (lambda p: cut(p, 0), "cut off or not ours"),
-    (lambda p: p.write_bytes(b"hello"), "cut off or not ours"),
-    (lambda p: torch.save({"model": {}}, p), "cut off or not ours"),
-    (damage_middle, "damaged|cut off"),
-    (lambda p: p.unlink(), "nothing to resume"),
-])
-def test_a_broken_checkpoint_is_refused_and_kept(settings, damage, message):
-    s = settings()
-    main(s)
-    damage(Path(s.out_dir) / "ckpt.pt")
-    before = snapshot(s.out_dir)
-    s.resume, s.max_steps = True, 20
-    with pytest.raises(ConfigError, match=message) as e:
-        main(s)
-    assert "\n" not in str(e.value) and snapshot(s.out_dir) == before
-
-
-def test_a_flipped_bit_is_seen(settings):
-    s = settings()
-    main(s)
-    path = Path(s.out_dir) / "ckpt.pt"
-    ckpt, content = torch.load(path, weights_only=True), path.read_bytes()
-    tensors = [ckpt["model"]["wte"], *(x for x in ckpt["optimizers"][0]["state"][1].values() if x.numel() > 1)]
-    for tensor in tensors:
-        flipped = bytearray(content)
-        flipped[content.index(tensor.numpy().tobytes()) + 5] ^= 1
-        path.write_bytes(flipped)
-        with pytest.raises(ConfigError, match="checksum"):
-            load_checkpoint(path)
 
 
 @pytest.mark.parametrize("change,message", [
@@ -433,36 +369,6 @@ def test_impossible_settings_are_refused_before_anything_is_written(settings, kw
     assert not Path(s.out_dir).exists()
 
 
-def write_bin(path, tokens, magic=20240520, count=None):
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, 1, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
-
-
-@pytest.mark.parametrize("kw,message", [
-    (dict(count=2000), "truncated"), (dict(magic=1), "magic"), (dict(tokens=[999] * 1000), "outside the vocabulary")])
-def test_bad_data_files_are_refused_by_name(settings, tmp_path, kw, message):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write_bin(folder / "val.bin", [1] * 1000)
-    write_bin(folder / "train.bin", **{"tokens": [1] * 1000, **kw})
-    with pytest.raises(DataError, match=f"train.bin.*{message}"):
-        main(settings(dataset=str(folder)))
-
-
-def test_half_a_row_at_the_end_of_a_log_is_dropped(settings):
-    s = settings()
-    main(s)
-    expected = log(s)
-    path = Path(s.out_dir) / "log.csv"
-    cut(path, path.stat().st_size - 20)
-    s.resume, s.max_steps = True, 10
-    main(s)
-    got = log(s)
-    assert {step: got[step] for step in range(1, 8)} == {step: expected[step] for step in range(1, 8)}
-    assert list(got)[-2:] == [9, 10]
-
-
 # the command line
 
 def test_batch_plan(settings):
@@ -508,22 +414,6 @@ def test_no_two_config_files_are_the_same_but_baseline_and_wd_all():
         ["baseline", "quickstart", "wd_all"]]
 
 
-def test_dry_run_of_the_papers_1b_prints_its_numbers(capsys):
-    main(configure(Settings, [str(ROOT / "config/size/llama_1b.py"), "--dry_run=True"])[0])
-    out = capsys.readouterr().out
-    assert "\nscale_params: 80640\n" in out and out.startswith("params: 1028065024\n")
-
-
-def test_model_defaults_are_the_settings():
-    from dataclasses import fields
-
-    from settings import GPTConfig
-    s = Settings()
-    for f in fields(GPTConfig):
-        if f.name != "dtype":
-            assert f.default == getattr(s, f.name), f.name
-
-
 def test_the_whole_command_in_a_pipe(settings, corpus, tmp_path):
     out = tmp_path / "cli"
     args = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config/unified.py"), "--n_layer=1", "--n_embd=16",
@@ -532,8 +422,3 @@ def test_the_whole_command_in_a_pipe(settings, corpus, tmp_path):
     run = subprocess.run(args, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
     assert "val_loss: " in run.stdout and "a sample:" in run.stdout and "\r" not in run.stdout
-    sample = [sys.executable, str(ROOT / "sample.py"), str(out), "--prompt=def ", "--max_new_tokens=5", "--device=cpu"]
-    texts = [subprocess.run(sample, capture_output=True, text=True, errors="replace") for _ in range(2)]
-    assert texts[0].stdout == texts[1].stdout and texts[0].stdout.startswith("def ") and texts[0].returncode == 0
-    again = subprocess.run(args, capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--resume=True" in again.stderr

@@ -1,36 +1,93 @@
 """
-Losses of every strategy file on as many processes as torchrun starts, for test_ddp.py and by hand:
+Runs of two processes, all in one launch, for test_ddp.py, which starts it with torchrun:
 
-    torchrun --standalone --nproc_per_node=2 tests/worlds.py OUT DATASET STEPS [config names]
+    torchrun --standalone --nproc_per_node=2 tests/worlds.py OUT DATASET OTHER_DATASET
+
+Each process writes what became of each case to OUT/rank0.json and OUT/rank1.json.
 """
 
+import json
 import os
+import signal
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from conftest import ROOT  # puts the project on sys.path
 
+import train
 from configurator import configure
 from settings import Settings
-from train import main
+
+STEPS = 30
 
 
-def settings(name, out, dataset, steps, *flags):
-    small = [f"--out_dir={out}/{name}", f"--dataset={dataset}", f"--max_steps={steps}", "--n_layer=2", "--n_head=2",
+def settings(name, out_dir, dataset, *flags):
+    small = [f"--out_dir={out_dir}", f"--dataset={dataset}", f"--max_steps={STEPS}", "--n_layer=2", "--n_head=2",
              "--n_embd=16", "--block_size=16", "--batch_tokens=128", "--micro_batch=8", "--warmup_steps=2",
-             "--eval_interval=25", "--eval_tokens=512", "--log_interval=1", "--save_interval=1000",
+             "--eval_interval=10", "--eval_tokens=512", "--log_interval=1", "--save_interval=1000",
              "--sample_tokens=0", "--device=cpu"]
     return configure(Settings, [str(ROOT / "config" / f"{name}.py"), *small, *flags])[0]
 
 
+def with_signal(step, s):
+    """Train, with a signal that arrives at this process while step + 1 is computed."""
+    real = train.lr_at
+    train.lr_at = lambda i, *a: (os.kill(os.getpid(), signal.SIGTERM) if i == step else None, real(i, *a))[1]
+    try:
+        train.main(s)
+    finally:
+        train.lr_at = real
+
+
+def graphs(s, megabytes):
+    """How many graphs a compiled model is cut into where DDP sends gradients in buckets of this size."""
+    seen, compile_, ddp = [], torch.compile, train.DistributedDataParallel
+
+    def backend(module, inputs):
+        seen.extend([module] * torch.is_grad_enabled())
+        return module.forward
+    torch.compile = lambda model: compile_(model, backend=backend)
+    train.DistributedDataParallel = lambda *a, **kw: ddp(*a, **kw, bucket_cap_mb=megabytes)
+    try:
+        train.main(s)
+    finally:
+        torch.compile, train.DistributedDataParallel = compile_, ddp
+        torch._dynamo.reset()
+    return len(seen)
+
+
+def cases(out, dataset, other, second):
+    """(name, what to do) of each; second: whether this is the second process."""
+    def make(name, *flags, config="baseline"):
+        return settings(config, out / name, dataset, *flags)
+    wide = ["--n_layer=4", "--n_embd=192", "--compile=True", "--micro_batch=2", "--max_steps=2", "--eval_tokens=16"]
+    yield "baseline", lambda: train.main(make("baseline"))
+    yield "unified", lambda: train.main(make("unified", config="unified"))
+    # accumulating, and with a share of the optimizer's state each; one of the two hears the signal
+    yield "resumed", lambda: with_signal(16 if second else None, make(
+        "resumed", "--resume=True", "--micro_batch=2", "--shard_optimizer=True", config="unified"))
+    yield "uneven", lambda: train.main(make("uneven", "--batch_tokens=80"))
+    yield "lr", lambda: train.main(make("lr", *["--lr=0.1"] * second))
+    yield "max_steps", lambda: train.main(make("max_steps", *["--max_steps=9"] * second))
+    yield "data", lambda: train.main(make("data", *[f"--dataset={other}"] * second))
+    yield "small buckets", lambda: graphs(make("small", *wide, config="unified"), 1.1)
+    yield "large buckets", lambda: graphs(make("large", *wide, config="unified"), 1000)
+
+
 if __name__ == "__main__":
-    out, dataset, steps, *names = sys.argv[1:]
+    out, dataset, other = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    for name in names or sorted(path.stem for path in (ROOT / "config").glob("*.py")):
-        main(settings(name, out, dataset, steps))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    became = {}
+    for name, do in cases(out, dataset, other, dist.get_rank() == 1):
+        try:
+            became[name] = do()
+        except SystemExit as e:
+            became[name] = f"exit {e.code}"
+        except ValueError as e:  # ConfigError, DataError
+            became[name] = str(e)
+    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(became))
+    dist.barrier()
+    dist.destroy_process_group()
