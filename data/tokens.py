@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +47,7 @@ def rebuild_command(folder):
               }.get(folder.name, f"{folder.name}/prepare.py")
     if Path(os.path.realpath(folder)).parent == HERE and (HERE / script.split()[0]).exists():
         return f"python data/{script}"
-    return f"python data/text/prepare.py FOLDER --out {folder}"
+    return f"python data/text/prepare.py FOLDER --out {shlex.quote(str(folder))}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(world, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("case, said", [
-    ("lr", "process 1 has lr 0.1 (process 0: 0.002): start all"),
+    ("lr", f"process 1 has lr 0.1 (process 0: {worlds.Settings().lr}): start all"),
     ("max_steps", f"process 1 has max_steps 9 (process 0: {worlds.STEPS}): start all"),  # it would wait for ever
     ("data", ", data {")])
 def test_processes_that_differ_do_not_train_and_the_first_says_why(world, case, said):
@@ -125,7 +125,7 @@ def test_a_rank_that_dies_takes_the_job_down_and_a_restart_goes_on(settings, tmp
     """torchrun then starts all processes anew with the same line."""
     (tmp_path / "dies.py").write_text(HOOKED.replace("NAME", "SIGKILL"))
     run = torchrun("--max-restarts=1", tmp_path / "dies.py", *flags(settings(resume="auto", vocab_size=0)))
-    assert run.returncode == 0 and "SIGKILL" in run.stderr, run.stderr
+    assert run.returncode == 0 and "exitcode: -9" in run.stderr, run.stderr
     assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 8
     assert json.loads((tmp_path / "run" / "config.json").read_text())["resumed"][0]["step"] == 4
 

@@ -129,7 +129,7 @@ def test_a_kernel_that_fails_is_one_line_and_the_flag_in_it_goes_on(settings, mo
         def __getitem__(self, grid):
             raise RuntimeError("out of resource: shared memory\nand more")
     monkeypatch.setattr(kernels, "_rms_norm_kernel", Broken())
-    monkeypatch.setattr(kernels, "_use_triton", lambda x: kernels._backend == "auto")  # as on a GPU
+    monkeypatch.setattr(kernels, "_use_triton", lambda x, **kw: kernels._backend == "auto")  # as on a GPU
     with pytest.raises(SystemExit) as stop:
         train.run(settings())
     said = capsys.readouterr().err

@@ -355,7 +355,7 @@ def test_other_data_is_refused_on_resume(settings, tmp_path):
     (dict(block_size=10**6, batch_tokens=10**6), "block_size"),
     (dict(vocab_size=255), "--vocab_size=256"),
     (dict(dataset="nowhere"), "nowhere.*make them with"),
-    (dict(dataset="./no/such/folder"), "no train tokens"),
+    (dict(dataset="./no such/folder"), "no train tokens.* --out 'no such/folder'"),
     (dict(device="gpu"), "device must be auto"),
     (dict(device="cuda:77"), "cannot be used here"),
     (dict(device="mps:77"), "cannot be used here: .{,150}$"),
