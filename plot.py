@@ -31,7 +31,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from configurator import ConfigError, refuse, streams
+from configurator import ConfigError, Parser, refuse, streams
 from stats import PF_DAY, mean_and_half_width, paper_numbers, read_csv, scaling_fits, summarise
 from suites import readable
 
@@ -114,18 +114,29 @@ def finding(compared):
     return "; ".join(said)
 
 
-def grid_of(figure, n, columns, **kw):
+def title(figure, text):
+    figure.suptitle(readable(text), x=0.01, ha="left", fontsize=10, wrap=True)
+
+
+def grid_of(figure, n, columns):
     """n axes, `columns` to a row."""
-    axes = figure.subplots(-(-n // columns), columns, squeeze=False, **kw).ravel()
+    axes = figure.subplots(-(-n // columns), columns, squeeze=False).ravel()
     for ax in axes[n:]:
         ax.set_visible(False)
     return axes[:n]
 
 
-def label_ends(ax, ends):
-    """Write each name beside the end of its line, without overlap. ends: (y, name, colour)."""
+def label_ends(ax, ends, reach=None, height=2.6):
+    """
+    Fit the axis to the values of `reach` and mark 0, if there are any; then write each name beside the end of its line,
+    without overlap. ends: (y, name, colour). height: of the panel, in inches.
+    """
+    if reach:
+        margin = 0.1 * (max(reach) - min(reach)) or 0.001
+        ax.set_ylim(min(reach) - margin, max(reach) + margin)
+        ax.axhline(0, color=rcParams["text.color"], linewidth=0.8)
     low, high = ax.get_ylim()
-    gap, last, placed = 0.055 * (high - low) * 2.6 / ax.figure.panel_height, -math.inf, []
+    gap, last, placed = 0.14 * (high - low) / height, -math.inf, []
     for y, name, c in sorted(ends):
         last = max(y, last + gap)
         placed.append((last, y, name, c))
@@ -166,7 +177,6 @@ def curves(arms, found, paper):
     groups = panels(found, arms)
     columns = min(2, len(groups))
     figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * -(-len(groups) // columns)))
-    figure.panel_height = 2.6
     marked = []
     for ax, (reference, names) in zip(grid_of(figure, len(groups), columns), groups.items()):
         ends, reach = [], [0.0]
@@ -181,15 +191,12 @@ def curves(arms, found, paper):
                 model, number = paper[name, reference]
                 ax.plot(tokens[-1], number, "o", color=colour(i), markerfacecolor="none", clip_on=False)
                 marked, reach = [model], [*reach, number]
-        margin = 0.1 * (max(reach) - min(reach)) or 0.001
-        ax.set_ylim(min(reach) - margin, max(reach) + margin)
-        ax.axhline(0, color=rcParams["text.color"], linewidth=0.8)
-        label_ends(ax, ends)
+        label_ends(ax, ends, reach)
         ax.set_title(f"minus {readable(reference)}, nats")
         ax.set_xlabel("tokens")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
     several = any(len(values) > 1 for _, values in found.values())
-    figure.suptitle(readable(finding({name: arms[name] for name in found})), x=0.01, ha="left", fontsize=10, wrap=True)
+    title(figure, finding({name: arms[name] for name in found}))
     figure.supxlabel("Validation loss minus the reference's"
                      + (", mean over pairs of equal seed; bands: their standard deviation" if several else ""),
                      fontsize=8)
@@ -208,13 +215,12 @@ def loss_of_one_run(name, log):
     figure = Figure(figsize=(WIDTH, 3.2))
     ax = figure.subplots()
     for column, width, alpha in (("train_loss", 0.7, 0.4), ("val_loss", 1.4, 1.0)):
-        for tokens, values in by_seed(log, column).values():
-            ax.plot(tokens, values[0], color=colour(0), linewidth=width, alpha=alpha)
-            if column == "val_loss":
-                later = values[0][tokens >= tokens[-1] / 5]  # the fall from log(vocabulary) would flatten the rest
-                margin = 0.1 * (later.max() - later.min()) or 0.1
-                ax.set_ylim(later.min() - margin, later.max() + margin)
-                ax.set_title(f"{readable(name)} ends at {values[0][-1]:.4f} nats (faint: training loss)")
+        for tokens, (values,) in by_seed(log, column).values():
+            ax.plot(tokens, values, color=colour(0), linewidth=width, alpha=alpha)
+    later = values[tokens >= tokens[-1] / 5]  # the fall from log(vocabulary) would flatten the rest
+    margin = 0.1 * np.ptp(later) or 0.1
+    ax.set_ylim(later.min() - margin, later.max() + margin)
+    ax.set_title(f"{readable(name)} ends at {values[-1]:.4f} nats (faint: training loss)")
     ax.set_xlabel("tokens")
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
@@ -246,7 +252,7 @@ def ablation(arms, compared, paper):
         ax.grid(False, axis="y")
         ax.set_title(f"minus {readable(reference)}")
     pairs = sorted({a["pairs"] for a in compared.values()})
-    figure.suptitle(readable(finding(compared)), x=0.01, ha="left", fontsize=10, wrap=True)
+    title(figure, finding(compared))
     figure.supxlabel(f"Difference in validation loss, nats, over {' or '.join(map(str, pairs))} paired seeds; bars: "
                      "intervals, corrected; filled: significant.\nGrey: how far the reference's mean over as many "
                      "other seeds may lie from its own.", fontsize=8)
@@ -261,7 +267,6 @@ def ablation(arms, compared, paper):
 def scaling(arms, fits):
     """Paired differences over compute with their intervals, and the difference of the fits."""
     figure = Figure(figsize=(WIDTH, 3.8))
-    figure.panel_height = 3.0
     ax = figure.subplots()
     reference, *others = fits
     titles, ends, reach = [], [], [0.0]
@@ -282,16 +287,13 @@ def scaling(arms, fits):
             ratio, low, high = fit["ratio"]
             titles.append(f"no significant saving of compute by {strategy}" if low <= 1 <= high else
                           f"the {reference} needs {ratio:.2f} times ({low:.2f} … {high:.2f}) the compute of {strategy}")
-    margin = 0.1 * (max(reach) - min(reach)) or 0.001
-    ax.set_ylim(min(reach) - margin, max(reach) + margin)
-    label_ends(ax, ends)
-    ax.axhline(0, color=rcParams["text.color"], linewidth=0.8)
+    label_ends(ax, ends, reach)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"1e{math.log10(x):.0f}"))
     ax.xaxis.set_minor_formatter("")
     ax.set_xlabel("training compute, FLOPs (hollow: another number of tokens per parameter, not fitted)")
     ax.set_title(f"validation loss minus {readable(reference)}'s, nats; line: difference of the fits L = a C^(−b)")
-    figure.suptitle(readable("Fits: " + "; ".join(titles)), x=0.01, ha="left", fontsize=10, wrap=True)
+    title(figure, "Fits: " + "; ".join(titles))
     return figure
 
 
@@ -322,39 +324,27 @@ def gamma_series(scales):
 
 def gammas(arm, series):
     """Mean and standard deviation over channels of every γ, a row of panels per place, a column per layer."""
-    layers = sorted({layer for layer, _, _ in series if layer is not None})
+    layers = sorted({layer for layer, _, _ in series if layer is not None}) or [None]
     shown = layers if len(layers) <= 6 else [layers[round(i * (len(layers) - 1) / 5)] for i in range(6)]
-    sites = list(dict.fromkeys(site for layer, site, _ in series if layer is not None))
-    others = [key for key in series if key[0] is None]
-    figure = Figure(figsize=(WIDTH, 0.9 + 1.45 * (len(sites) + bool(others))))
-    axes = figure.subplots(len(sites) + bool(others), max(1, len(shown)), sharex=True, sharey="row", squeeze=False)
-
-    def line(ax, s, i, label):
-        ax.plot(s["step"], s["mean"], color=colour(i), label=label)
-        ax.fill_between(s["step"], s["mean"] - s["std"], s["mean"] + s["std"], color=colour(i), alpha=0.15,
-                        linewidth=0)
-
+    sites = list(dict.fromkeys(site for _, site, _ in series))
+    figure = Figure(figsize=(WIDTH, 0.9 + 1.45 * len(sites)))
+    axes = figure.subplots(len(sites), len(shown), sharex=True, sharey="row", squeeze=False)
     for row, site in zip(axes, sites):
-        branches = list(dict.fromkeys(b for _, s, b in series if s == site))
-        for ax, layer in zip(row, shown):
-            for n, branch in enumerate(branches):
-                if (layer, site, branch) in series:
-                    line(ax, series[layer, site, branch], n, branch)
-        row[0].set_ylabel(SITES.get(site, site))
-        if row[-1].lines:
-            row[-1].legend(loc="best", handlelength=1)
-    for ax, layer in zip(axes[0], shown):
-        ax.set_title(f"layer {layer}")
-    if others:
-        for n, key in enumerate(others):
-            line(axes[-1, 0], series[key], n, SITES.get(key[1], key[1] or key[2]))
-        axes[-1, 0].legend(loc="best", handlelength=1)
-        for ax in axes[-1, 1:]:
+        layered = any(key[1] == site and key[0] is not None for key in series)
+        for ax, layer in zip(row, shown if layered else [None]):
+            for i, key in enumerate(key for key in series if key[:2] == (layer, site)):
+                s = series[key]
+                ax.plot(s["step"], s["mean"], color=colour(i), label=key[2])
+                ax.fill_between(s["step"], s["mean"] - s["std"], s["mean"] + s["std"], color=colour(i), alpha=0.15,
+                                linewidth=0)
+        for ax in row[1:] if not layered else ():
             ax.set_visible(False)
-        for ax in axes[-2, 1:] if sites else ():
-            ax.tick_params(labelbottom=True)
-    figure.suptitle(f"{readable(arm)}: γ over steps, mean and standard deviation over channels", fontsize=9, x=0.01,
-                    ha="left")
+        row[0].set_ylabel(SITES.get(site, site))
+        if row[0].lines:
+            row[0].legend(loc="best", handlelength=1)
+    for ax, layer in zip(axes[0], shown):
+        ax.set_title("" if layer is None else f"layer {layer}")
+    title(figure, f"{arm}: γ over steps, mean and standard deviation over channels")
     return figure
 
 
@@ -362,7 +352,6 @@ def magnitudes(series_of):
     """A panel per place: ‖γ‖/√n of each arm, the mean over layers and branches. series_of: {arm: gamma_series()}."""
     sites = [site for site in SITES if any(site == s for series in series_of.values() for _, s, _ in series)]
     figure = Figure(figsize=(WIDTH, 0.9 + 2.3 * -(-len(sites) // 2)))
-    figure.panel_height = 2.3
     for ax, site in zip(grid_of(figure, len(sites), min(2, len(sites))), sites):
         ends = []
         for i, (arm, series) in enumerate(series_of.items()):
@@ -376,7 +365,7 @@ def magnitudes(series_of):
             label_ends(ax, ends)
         ax.set_title(SITES[site])
         ax.set_xlabel("step")
-    figure.suptitle("Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches", fontsize=9, x=0.01, ha="left")
+    title(figure, "Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches")
     return figure
 
 
@@ -405,14 +394,13 @@ def plot_suite(folder, gamma=None):
         vectors[row["arm"]].append(row)
     if gamma and gamma not in vectors:
         raise ConfigError(f"{folder}/scales.csv has no arm {gamma!r}; it has {', '.join(vectors) or 'none'}")
-    makers = {}
+    makers, fits = {}, scaling_fits(arms)
     if compared:
         makers["ablation"] = partial(ablation, arms, compared, paper)
-    fits = scaling_fits(arms)
     if len(fits) > 1:
         makers["scaling"] = partial(scaling, arms, fits)
-    elif found := differences(compared | {n: a for n, a in arms.items() if n not in compared}, by_seed(logs)):
-        makers["curves"] = partial(curves, arms, {n: found[n] for n in found if n in compared}, paper)
+    elif found := {name: d for name, d in differences(arms, by_seed(logs)).items() if name in compared}:
+        makers["curves"] = partial(curves, arms, found, paper)
     series_of = {arm: series for arm in vectors if (series := gamma_series(vectors[arm]))}
     if series_of:
         arm = gamma or max(series_of, key=lambda arm: len(series_of[arm]))
@@ -445,25 +433,18 @@ def plot_runs(folders, out):
 
 
 def main(args):
-    if not args or {"--help", "-h"} & set(args):
-        print((__doc__ or '').strip())
-        return
-    flags, folders, args = {}, [], list(args)
-    while args:
-        arg = args.pop(0)
-        name, equals, value = arg.partition("=")
-        if name in ("--gamma", "--out") and (equals or args):
-            flags[name] = value if equals else args.pop(0)
-        elif arg.startswith("-"):
-            raise ConfigError(f"{arg}: the flags are --gamma ARM and --out FOLDER")
-        else:
-            folders.append(Path(arg).expanduser())
+    parser = Parser(__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's, or one with a results.csv")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for pictures of runs; default: the first run's")
+    parser.add_argument("--gamma", metavar="ARM", help="whose γ are drawn; default: the arm with the most")
+    opt = parser.parse_args(args)
+    folders = [folder.expanduser() for folder in opt.folders]
     runs = [folder for folder in folders if (folder / "log.csv").exists()]
     if runs:
-        plot_runs(runs, Path(flags.get("--out", runs[0])).expanduser())
+        plot_runs(runs, (opt.out or runs[0]).expanduser())
     for folder in folders:
         if folder not in runs:
-            plot_suite(folder, flags.get("--gamma"))
+            plot_suite(folder, opt.gamma)
 
 
 if __name__ == "__main__":

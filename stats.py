@@ -12,12 +12,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from scipy.special import nctdtrinc, stdtr, stdtrit
+from scipy.special import stdtr, stdtrit
 
 from configurator import ConfigError, open_file
 
 LEVEL = 0.05  # how often a suite in which nothing differs may call something a difference
-POWER = 0.8  # how often a difference as large as `sees` would be called one
 
 
 def read_csv(path):
@@ -82,16 +81,6 @@ def holm(p):
     return corrected
 
 
-def smallest_seen(differences, tests):
-    """
-    The true difference that the paired t test finds with probability POWER at level LEVEL / tests, which is what Holm
-    asks of the smallest of so many p, if pairs scatter as these two or more differences do.
-    """
-    n = len(differences)
-    t = stdtrit(n - 1, 1 - LEVEL / tests / 2)
-    return float(nctdtrinc(n - 1, 1 - POWER, t)) * statistics.stdev(differences) / math.sqrt(n)
-
-
 def summarise(rows):
     """
     From rows of results.csv to {arm: dict}, of the runs whose `use` is 'report'.
@@ -99,9 +88,9 @@ def summarise(rows):
     The dict: lr, reference, losses {seed: nats}, runs {seed: cell}, mean, params, tokens, flops; an arm that diverged
     with any seed is left out. Where the reference counts too and they share seeds: pairs (how many), added
     (parameters), same (they are the same runs), delta and half (mean paired difference and half of its interval),
-    and with two pairs or more p (Holm's, over the distinct comparisons), tests (how many these are), sees
-    (smallest_seen) and verdict: 'better' or 'worse' if the interval excludes 0, else 'not significant'. The interval is
-    at the level at which Holm tests the arm. half, p and sees are None for a single pair.
+    and with two pairs or more p (Holm's, over the distinct comparisons), tests (how many these are) and verdict:
+    'better' or 'worse' if the interval excludes 0, else 'not significant'. The interval is at the level at which Holm
+    tests the arm. half and p are None for a single pair.
     """
     found = defaultdict(dict)
     for row in rows:
@@ -126,7 +115,7 @@ def summarise(rows):
         a["pairs"], a["added"] = len(seeds), a["params"] - ref["params"]
         a["same"] = a["runs"] == ref["runs"]
         a["delta"], a["half"] = mean_and_half_width(differences)
-        a["p"], a["sees"], a["verdict"] = None, None, "not significant"
+        a["p"], a["verdict"] = None, "not significant"
         if len(seeds) > 1 and not a["same"]:
             # the same runs under two names, or compared both ways, are one comparison
             key = frozenset(frozenset(x["runs"][s] for s in seeds) for x in (a, ref))
@@ -136,7 +125,7 @@ def summarise(rows):
         for a, differences in comparisons:
             a["p"], level = corrected[key]
             a["half"] = mean_and_half_width(differences, level)[1]
-            a["tests"], a["sees"] = len(tested), smallest_seen(differences, len(tested))
+            a["tests"] = len(tested)
             if abs(a["delta"]) > a["half"]:
                 a["verdict"] = "better" if a["delta"] < 0 else "worse"
     return arms
@@ -144,7 +133,6 @@ def summarise(rows):
 
 # ---------------------------------------------------------------------------------------------------------------
 # scaling
-
 
 PF_DAY = 1e15 * 86400  # FLOPs
 
@@ -166,35 +154,30 @@ def scaling_fits(arms):
     {strategy: dict} from arms of summarise() that are named 'strategy at size', for three sizes or more; those with a
     budget of their own, 'strategy at size, ...', take no part.
 
-    The dict: members (its arms), fit (a, b; C in PFLOP/s-days), exponent (b's mean over seeds and half of its 95%
-    interval), ratio (compute_ratio to the first strategy at the largest size, low, high, or None) and text. The ratio
-    is the geometric mean over seeds, each with a fit of its own, and its 95% interval.
+    The dict: members (its arms), fit (a, b; C in PFLOP/s-days), ratio (compute_ratio to the first strategy at the
+    largest size, the geometric mean over seeds with a fit each, and its 95% interval; or None) and text.
     """
-    families = defaultdict(list)
+    families, fits, first = defaultdict(list), {}, None
     for name, a in arms.items():
         strategy, at, size = name.partition(" at ")
         if at and "," not in size:
             families[strategy].append(a)
-    fits, by_seed = {}, {}
     for name, members in families.items():
         if len(members) < 3:
             continue
         compute = np.array([a["flops"] for a in members]) / PF_DAY
         a, b = fit_power_law(compute, np.array([m["mean"] for m in members]))
-        seeds = sorted(set.intersection(*(set(m["losses"]) for m in members)))
-        by_seed[name] = {s: fit_power_law(compute, np.array([m["losses"][s] for m in members])) for s in seeds}
-        first, ratio = next(iter(by_seed.values())), None
-        exponent = mean_and_half_width([by_seed[name][s][1] for s in seeds]) if seeds else (b, None)
-        text = f"L = {a:.4f} C^(−{b:.4f}), C in PFLOP/s-days"
-        if exponent[1] is not None:
-            text += f"; exponent over seeds ±{exponent[1]:.4f}"
-        both = [s for s in seeds if s in first]
-        if len(by_seed) > 1 and len(both) > 1:
-            mean, half = mean_and_half_width([math.log(compute_ratio(first[s], by_seed[name][s], compute.max()))
-                                              for s in both])
+        seeds = set.intersection(*(set(m["losses"]) for m in members))
+        by_seed = {s: fit_power_law(compute, np.array([m["losses"][s] for m in members])) for s in sorted(seeds)}
+        first, ratio, text = first or by_seed, None, f"L = {a:.4f} C^(−{b:.4f}), C in PFLOP/s-days"
+        if len(by_seed) > 1:
+            text += f"; exponent over seeds ±{mean_and_half_width([b for _, b in by_seed.values()])[1]:.4f}"
+        logs = [math.log(compute_ratio(first[s], by_seed[s], compute.max())) for s in by_seed if s in first]
+        if fits and len(logs) > 1:
+            mean, half = mean_and_half_width(logs)
             ratio = tuple(math.exp(x) for x in (mean, mean - half, mean + half))
             text += "; the reference needs {:.3f} times the largest C (95%: {:.3f} … {:.3f})".format(*ratio)
-        fits[name] = {"members": members, "fit": (a, b), "exponent": exponent, "ratio": ratio, "text": text}
+        fits[name] = {"members": members, "fit": (a, b), "ratio": ratio, "text": text}
     return fits
 
 
@@ -217,17 +200,17 @@ def results_table(arms):
     """The table of summarise()'s arms."""
     rows = []
     for name, a in arms.items():
-        difference, interval, p, sees, verdict, added = [""] * 6
+        difference, interval, p, verdict, added = [""] * 5
         if "delta" in a:
             difference, added = f"{a['delta']:+.4f}", f"{a['added']:+,.0f}"
             verdict = "same runs" if a["same"] else "one pair" if a["p"] is None else a["verdict"]
             if a["p"] is not None:
                 interval = f"{a['delta'] - a['half']:+.4f} … {a['delta'] + a['half']:+.4f}"
-                p, sees = f"{a['p']:.2g}", f"±{a['sees']:.4f}"
+                p = f"{a['p']:.2g}"
         rows.append([escaped(name), escaped(a["reference"]), f"{a['lr']:g}", f"{a['mean']:.4f}", difference, interval,
-                     p, verdict, sees, str(len(a["losses"])), added, f"{a['tokens']:,.0f}"])
-    return markdown_table(["arm", "reference", "lr", "val loss", "difference", "interval", "p", "verdict",
-                           "detectable", "seeds", "parameters added", "tokens"], rows)
+                     p, verdict, str(len(a["losses"])), added, f"{a['tokens']:,.0f}"])
+    return markdown_table(["arm", "reference", "lr", "val loss", "difference", "interval", "p", "verdict", "seeds",
+                           "parameters added", "tokens"], rows)
 
 
 def tuning_table(rows):
@@ -260,20 +243,17 @@ def report_text(rows, command, bad):
             f"{f' on seeds that are not reported ({seeds})' * bool(tuning)}, in pairs with the same seed and data "
             f"order. p: paired t test, corrected by Holm for the suite's {tests} comparison{'s' * (tests > 1)}; below "
             f"{LEVEL} an arm is better or worse. Interval: Student's t over the pairs, at the level at which Holm's "
-            "procedure tests that arm, so it excludes 0 exactly where the verdict is better or worse. Detectable: the "
-            f"true difference that would be found with probability {POWER} at level {LEVEL} / {tests}.")
+            "procedure tests that arm, so it excludes 0 exactly where the verdict is better or worse.")
     if tuning:
         lines += ["", "Tuning: mean loss over the tuning seeds, the best in bold.", "", *tuning_table(tuning)]
     lines.append("")
     for name, fit in scaling_fits(arms).items():
         lines.append(f"- {escaped(name)}: {fit['text']}")
     for name, why in bad.items():
-        lines.append(f"- Not tuned: {escaped(name)}: {why}.")
-    for name in dict.fromkeys(row["arm"] for row in rows if row["use"] == "report" and row["arm"] not in arms):
-        lines.append(f"- Left out: {escaped(name)} diverged.")
+        lines.append(f"- Not tuned: `{name}`: {why}.")
     if diverged := [f"{escaped(r['arm'])} at lr {r['lr']}, seed {r['seed']}" for r in rows
                     if float(r["val_loss"]) == math.inf]:
-        lines.append(f"- Diverged: {'; '.join(diverged)}.")
+        lines.append(f"- Diverged: {'; '.join(diverged)}. An arm is left out if one of its reported runs did.")
     lines.append(f"- Command: `{command}`")
     lines.append(f"- Hours of processes: {sum(float(row['seconds']) for row in rows) / 3600:.1f}")
     for name in ("code", "commit", "torch", "device"):

@@ -3,6 +3,7 @@ Make the first tables of results/README.md from the committed results and the pa
 
     python results/report.py
 
+It also writes each results.md anew from its results.csv.
 results/SUITE holds the results of ablate.py's SUITE at the lab size, results/SUITE_0.86M those at 0.86M parameters.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from stats import escaped, markdown_table, paper_numbers, read_csv, scaling_fits, summarise  # noqa: E402
+from stats import escaped, markdown_table, paper_numbers, read_csv, report_text, scaling_fits, summarise  # noqa: E402
 from suites import SIZES, SUITES  # noqa: E402
 
 START, END = "<!-- made by results/report.py -->", "<!-- end of what results/report.py made -->"
@@ -119,6 +120,11 @@ def tables(folder=HERE):
 
 
 def main(readme=HERE / "README.md", folder=HERE):
+    for path in folder.glob("*/results.md"):  # in ablate.py's words of today
+        said = path.read_text(encoding="utf-8")
+        bad = dict(re.findall(r"- Not tuned: `(.*?)`: (.*)\.\n", said))
+        if command := re.search("- Command: `(python ablate.py .*)`", said):
+            path.write_text(report_text(read_csv(path.with_suffix(".csv")), command[1], bad), encoding="utf-8")
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
     readme.write_text(f"{before}{START}\n\n{tables(folder)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")

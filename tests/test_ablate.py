@@ -295,7 +295,7 @@ def test_divergence_is_a_result_and_failure_is_not(fake, capsys):
     for _ in range(2):
         assert ablate.main([ONE, "--seeds=1", "--lrs=2", *fake, "--out=r"]) == 0
         out = capsys.readouterr().out
-        assert "- Diverged: unified at lr 2.0, seed 1." in out and "- Left out: unified diverged." in out
+        assert "- Diverged: unified at lr 2.0, seed 1." in out and "| unified |" not in out
         assert table("r")[0]["val_loss"] == "inf" and len(stamps()) == 1
     assert ablate.main([ONE, "--seeds=2,66,99", *fake]) == 1
     said = capsys.readouterr()
@@ -308,7 +308,7 @@ def test_a_rate_at_the_end_of_the_grid_is_an_error_that_keeps_the_results(fake, 
     assert ablate.main([*args, "--lrs=1e-3,2e-3,4e-3"]) == 1
     said = capsys.readouterr()
     assert "ablate.py: baseline: the best rate, 0.001, is at the end of the grid: add a lower one" in said.err
-    assert "- Not tuned: unified: the best rate" in said.out and len(table("out/ablate/baseline-unified")) == 6
+    assert "- Not tuned: `unified`: the best rate" in said.out and len(table("out/ablate/baseline-unified")) == 6
 
 
 def test_ctrl_c_stops_the_cells_and_the_same_command_continues(fake, tmp_path, capsys):
@@ -381,6 +381,6 @@ TABLES = [path for path in sorted((ROOT / "results").glob("*/results.md"))
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)
 def test_committed_tables_are_their_rows(path):
     text = path.read_text("utf-8")
-    bad = dict(re.findall(r"- Not tuned: (.*?): (.*)\.\n", text))
+    bad = dict(re.findall(r"- Not tuned: `(.*?)`: (.*)\.\n", text))
     assert text == ablate.report_text(ablate.read_csv(path.with_suffix(".csv")),
                                       re.search("- Command: `(.*)`", text)[1], bad)

@@ -200,10 +200,8 @@ def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="has neither a run's log.csv nor finished cells"):
         plot.main([str(tmp_path)])
     write_suite(tmp_path, FIGURE5)
-    for args, message in ((["--gamma=nope"], "has no arm 'nope'"), (["--gama=x"], "--gama=x: the flags are"),
-                          (["--out"], "--out: the flags are")):
-        with pytest.raises(ConfigError, match=message):
-            plot.main([str(tmp_path), *args])
+    with pytest.raises(ConfigError, match="has no arm 'nope'"):
+        plot.main([str(tmp_path), "--gamma=nope"])
     (tmp_path / "log.csv").write_text("step,tokens,train_loss,val_loss\n")
     with pytest.raises(ConfigError, match="log.csv holds no evaluation"):
         plot.main([str(tmp_path)])
