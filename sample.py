@@ -1,12 +1,12 @@
 """
-Text from a trained run, or from a folder that export.py wrote, streamed as it comes:
+Text from a trained run, or from a folder that export.py wrote, printed token by token:
 
     python sample.py out/unified --prompt "def main():" --num_samples 2
     python sample.py models/unified --prompt_file question.txt --temperature 0
 
-Also from a Hugging Face Llama's or Mixtral's folder with a tokenizer.json, where the package tokenizers is installed.
+Also from the folder of a Hugging Face Llama with a tokenizer.json, if the package tokenizers is installed.
 
-The model sees block_size tokens at most. When they are full, the older half is dropped and the rest read anew.
+The model sees at most block_size tokens. When they are full, it drops the older half and reads the rest again.
 """
 
 import codecs
@@ -34,11 +34,11 @@ def arguments(args=None):
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto", help="default: cuda where there is one, else mps, else cpu")
     parsed = parser.parse_args(args)
-    # logits that are divided by next to nothing are infinite; torch's generator takes 64 bits
+    # fp32 holds neither logits divided by next to nothing nor a larger divisor; torch's generator takes 64 bits
     if (min(parsed.top_k, parsed.max_new_tokens, parsed.num_samples) < 1
-            or parsed.temperature != 0 and not 0.01 <= parsed.temperature < float("inf") or abs(parsed.seed) >= 2**63):
-        parser.error("top_k, max_new_tokens and num_samples must be at least 1, temperature 0 or at least 0.01, and "
-                     "seed below 2**63")
+            or parsed.temperature != 0 and not 0.01 <= parsed.temperature <= 1e6 or abs(parsed.seed) >= 2**63):
+        parser.error("top_k, max_new_tokens and num_samples must be at least 1, temperature 0 or between 0.01 and 1e6, "
+                     "and seed below 2**63")
     return parsed
 
 
@@ -55,37 +55,46 @@ def read_prompt(args):
 def open_tokenizer(name, folder):
     """
     (encode, decoder) by our tokenizer's name, or, where that is None, by the folder's tokenizer.json. encode(text) is
-    the list of tokens that a document with this text begins with. decoder(tokens) goes on after them: a function from
-    each next token to the text that is complete with it, and from None, the end, to what is left. Raises ConfigError.
+    the list of tokens that a document with this text begins with. decoder(tokens) continues them: a function from
+    each next token to the text that it completes, and from None, the end, to the rest. Raises ConfigError.
     """
     if name is not None:
         from data.tokens import load_tokenizer
         ours = load_tokenizer(name)
 
         def decoder(tokens):
-            # a token may end in the middle of a character: its bytes are held back until the rest has come
+            # a token may end in the middle of a character: its bytes wait for the rest
             utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
             return lambda token: utf8.decode(b"" if token is None else ours.token_bytes(token), final=token is None)
         return lambda text: [ours.separator, *ours.encode(text).tolist()], decoder
 
-    path = Path(folder) / "tokenizer.json"
+    path = Path(folder, "tokenizer.json")
     if not path.exists():
-        raise ConfigError(f"{folder} is not a model of nanoScale's and has no tokenizer.json: its tokenizer is unknown")
+        raise ConfigError(f"{folder}: its tokenizer is unknown. It is not ours, or its data has no meta.json; "
+                          f"put a tokenizer.json there")
     try:
         from tokenizers import Tokenizer
-        from tokenizers.decoders import DecodeStream
     except ImportError:
         raise ConfigError(f"{path} is for Hugging Face's tokenizers: pip install tokenizers") from None
+    with open_file(path) as f:
+        text = f.read()
     try:
-        theirs = Tokenizer.from_file(str(path))
+        theirs = Tokenizer.from_buffer(text)
     except Exception as e:  # that package raises nothing more precise
         raise ConfigError(f"{path} cannot be read: {e}") from None
 
     def decoder(tokens):
-        stream = DecodeStream(skip_special_tokens=True)
-        for token in tokens:
-            stream.step(theirs, token)
-        return lambda token: "" if token is None else stream.step(theirs, token) or ""
+        seen, shown = [*tokens], theirs.decode(tokens)
+
+        def more(token):
+            nonlocal shown
+            seen.extend([] if token is None else [token])
+            text = theirs.decode(seen)
+            if text.endswith("\ufffd") and token is not None:  # it may end in the middle of a character
+                return ""
+            new, shown = text[len(shown):], text
+            return new
+        return more
     return lambda text: theirs.encode(text).ids, decoder
 
 
@@ -108,9 +117,12 @@ def main(args):
     if max(start) >= config.vocab_size:
         raise ConfigError(f"{args.model}: its tokenizer knows token {max(start)}, and the model "
                           f"{config.vocab_size} tokens")
-    # as it is: its weights are made once, and there is no cache for more tokens than there will be
+    # a smaller block_size is a smaller cache: no more tokens than there will be
     config.dtype, config.block_size = dtype, min(config.block_size, len(start) + args.max_new_tokens)
     model.to(device)
+    with torch.no_grad():
+        if not model(torch.tensor([start[-config.block_size:]], device=device))[0].isfinite().all():
+            raise ConfigError(f"{args.model}: its logits are not finite: the run diverged, or the file is damaged")
 
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in range(args.num_samples):
