@@ -1,63 +1,64 @@
 """
-nanoScale's Transformer for Hugging Face transformers, for models that no class of theirs computes: with norms after q,
-k, v, gate and up (DNP), or over all channels of q and k, in Gemma's layout, and mixtures with other routers.
-Folded: the scale vectors left are those that no weight can take. export.py puts this file beside the weights; load them
-with trust_remote_code=True. It needs nothing else, and runs on transformers 4.57 to 5.24.
-"""
+nanoScale's models for Hugging Face transformers, where no class of theirs computes them: with norms after q, k, v,
+gate, up or the LM head (DNP), in Gemma's layout, or with a shared expert or another router than Mixtral's.
 
-import inspect
+It is transformers' Llama with other layers. The scale vectors are folded: only those that no weight can absorb are
+left. export.py puts this file next to the weights; load them with trust_remote_code=True. It needs nothing else and
+runs on transformers 4.57 to 5.24. For PEFT, name the modules: target_modules=["q_proj", "v_proj"], or "all-linear".
+"""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama import modeling_llama as llama
 
-# transformers 5.24 renamed past_key_values, and other versions other arguments of the mask
+# transformers 5.24 calls past_key_values cache
 CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
-MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
 class NanoScaleConfig(PretrainedConfig):
     """
-    Llama's names, and nanoScale's for the norms. arch 'gemma': post-norms, and a QK-norm. attn_placement (of q and k),
-    v_placement, ffn_placement: 'input' no norm after the branches, 'norm' one without a scale vector, 'dual_norm' one
-    with it, in v's and up's case in the next matrix. Where all branches of a sublayer have one, none is before them.
-    qkv_norm: the norms of q, k and v are over each 'head' or over the 'full' width. scale_vectors: False for none.
-    n_experts: 0 for a dense model. router: the chosen experts' weights are a 'softmax' over them, their share of a
-    softmax over all ('softmax_all'), or a 'sigmoid' divided by the sum over the chosen.
+    Llama's settings, and nanoScale's under their own names.
+
+    attn_placement (of q and k), v_placement, ffn_placement, head_placement: 'input' is no norm after the branches,
+        'norm' one without a scale vector, 'dual_norm' one with a scale vector (for v and up it is in the next matrix).
+        Where all branches of a sublayer have a norm, none stands before them.
+    arch: 'gemma' adds a norm after each sublayer. qk_norm: norms of q and k, whose γ all heads share.
+    qkv_norm: norms of q, k and v are over each 'head', or over the 'full' width. scale_vectors: False for none.
+    n_experts: 0 for a dense model. shared_dim: width of the expert that every token goes through, 0 for none.
+    router: the weights of the chosen experts are a 'softmax' over them, their part of a softmax over all
+        ('softmax_all'), or a 'sigmoid' divided by its sum over them.
     """
 
     model_type = "nanoscale"
     keys_to_ignore_at_inference = [CACHE]
 
-    def __init__(self, vocab_size=256, hidden_size=128, intermediate_size=341, num_hidden_layers=4,
-                 num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=256,
-                 rope_theta=10000.0, rms_norm_eps=1e-6, arch="llama", attn_placement="dual_norm",
-                 v_placement="dual_norm", ffn_placement="dual_norm", qkv_norm="head", scale_vectors=True, n_experts=0,
-                 experts_per_token=2, n_shared_experts=0, expert_dim=0, router="softmax", initializer_range=0.02,
-                 use_cache=True, tie_word_embeddings=False, **kwargs):
-        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
-        self.max_position_embeddings = max_position_embeddings
-        self.rope_theta, self.rms_norm_eps = rope_theta, rms_norm_eps
-        self.arch, self.attn_placement, self.v_placement = arch, attn_placement, v_placement
-        self.ffn_placement, self.qkv_norm, self.scale_vectors = ffn_placement, qkv_norm, scale_vectors
-        self.n_experts, self.experts_per_token, self.router = n_experts, experts_per_token, router
-        self.n_shared_experts, self.expert_dim = n_shared_experts, expert_dim
-        self.initializer_range, self.use_cache = initializer_range, use_cache
+    defaults = dict(
+        vocab_size=256, hidden_size=128, intermediate_size=341, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=256, rope_theta=10000.0, rms_norm_eps=1e-6,
+        initializer_range=0.02, use_cache=True, arch="llama", attn_placement="input", v_placement="input",
+        ffn_placement="input", head_placement="input", qkv_norm="head", qk_norm=False, scale_vectors=True, n_experts=0,
+        experts_per_token=2, expert_dim=0, shared_dim=0, router="softmax")
+
+    def __init__(self, tie_word_embeddings=False, **kwargs):
+        for name, default in self.defaults.items():
+            setattr(self, name, kwargs.pop(name, default))
+        # what Llama's layers look for; transformers 4 reads rope_theta, and 5 rope_parameters
+        self.rope_theta = (kwargs.get("rope_parameters") or {}).get("rope_theta", self.rope_theta)
+        kwargs.update(hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0,
+                      rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta})
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
 class NanoScaleRMSNorm(nn.Module):
-    """γ ⊙ x / sqrt(mean(x²) + ε), the mean over each `group` of channels, in fp32; γ has n channels, none if n is 0."""
+    """γ ⊙ x / sqrt(mean(x²) + ε), in fp32. group: channels that the mean is over. n: length of γ; 0 is no γ."""
 
-    def __init__(self, n, group, eps):
+    def __init__(self, group, eps, n=0):
         super().__init__()
         self.group, self.eps = group, eps
         self.register_parameter("weight", nn.Parameter(torch.ones(n)) if n else None)
@@ -70,57 +71,39 @@ class NanoScaleRMSNorm(nn.Module):
         return wide.flatten(-2).to(x.dtype)
 
 
-def after_branch(placement, n, group, eps, scaled=True):
-    """The norm after a branch n wide, or nothing."""
+def norm_after(placement, n, group=None, own_u=True):
+    """The norm after a branch of width n, or nothing. own_u: False where u is in the next matrix."""
     if placement == "input":
         return nn.Identity()
-    return NanoScaleRMSNorm(n if scaled and placement == "dual_norm" else 0, group, eps)
+    return NanoScaleRMSNorm(group or n, 1e-16, n if own_u and placement == "dual_norm" else 0)  # ε: see norms.py
 
 
-def apply_rope(x, cos, sin):
-    a, b = x.chunk(2, dim=-1)  # x: (B, heads, T, d); cos, sin: (B, 1, T, d/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def eager_attention(module, q, k, v, mask, scaling, **kwargs):
-    """q: (B, heads, T, d). Returns (B, T, heads, d) and what each token attends to, (B, heads, T, S)."""
-    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * scaling
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v).transpose(1, 2).contiguous(), weights
-
-
-class NanoScaleAttention(nn.Module):
+class NanoScaleAttention(llama.LlamaAttention):
     def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        n, nq = config.hidden_size, config.num_attention_heads * config.head_dim
-        nkv, eps = config.num_key_value_heads * config.head_dim, config.rms_norm_eps
-        self.q_proj, self.o_proj = nn.Linear(n, nq, bias=False), nn.Linear(nq, n, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(n, nkv, bias=False), nn.Linear(n, nkv, bias=False)
+        super().__init__(config, layer_idx)
+        nq, nkv = self.q_proj.out_features, self.k_proj.out_features
         head = config.head_dim if config.qkv_norm == "head" else None
-        self.q_norm = after_branch(config.attn_placement, nq, head or nq, eps)
-        self.k_norm = after_branch(config.attn_placement, nkv, head or nkv, eps)
-        self.v_norm = after_branch(config.v_placement, nkv, head or nkv, eps, scaled=False)
-        if config.arch == "gemma" and config.attn_placement == "input":  # QK-norm; heads share γ
-            self.q_norm, self.k_norm = (NanoScaleRMSNorm(width if config.scale_vectors else 0, width, eps)
-                                        for width in (head or nq, head or nkv))
+        self.q_norm = norm_after(config.attn_placement, nq, head)
+        self.k_norm = norm_after(config.attn_placement, nkv, head)
+        self.v_norm = norm_after(config.v_placement, nkv, head, own_u=False)
+        if (config.arch == "gemma" or config.qk_norm) and config.attn_placement == "input":
+            self.q_norm, self.k_norm = (
+                NanoScaleRMSNorm(group, config.rms_norm_eps, group if config.scale_vectors else 0)
+                for group in (head or nq, head or nkv))
 
-    def forward(self, h, cos, sin, mask, cache, cache_position, **kwargs):
-        B, T, _ = h.shape
-        q, k, v = self.q_norm(self.q_proj(h)), self.k_norm(self.k_proj(h)), self.v_norm(self.v_proj(h))
-        q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        B, T, _ = hidden_states.shape
+        cache = kwargs.pop(CACHE, None)
+        branches = (self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, self.v_norm)
+        q, k, v = (norm(proj(hidden_states)).view(B, T, -1, self.head_dim).transpose(1, 2) for proj, norm in branches)
+        q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, {"cache_position": cache_position})
-        kind = self.config._attn_implementation
-        attend = eager_attention if kind in (None, "eager") else ALL_ATTENTION_FUNCTIONS[kind]
+            k, v = cache.update(k, v, self.layer_idx, {"cache_position": kwargs.get("cache_position")})
+        kind, mask, attend = self.config._attn_implementation, attention_mask, llama.eager_attention_forward
+        if kind not in (None, "eager"):
+            attend = ALL_ATTENTION_FUNCTIONS[kind]
+        elif mask is not None and mask.dtype == torch.bool:  # Llama's eager attention would add True and False
+            mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
         y, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(y.reshape(B, T, -1)), weights
 
@@ -128,27 +111,27 @@ class NanoScaleAttention(nn.Module):
 class NanoScaleMLP(nn.Module):
     def __init__(self, config, m):
         super().__init__()
-        n, eps = config.hidden_size, config.rms_norm_eps
-        self.gate_proj, self.up_proj = nn.Linear(n, m, bias=False), nn.Linear(n, m, bias=False)
-        self.down_proj = nn.Linear(m, n, bias=False)
-        self.gate_norm = after_branch(config.ffn_placement, m, m, eps)
-        self.up_norm = after_branch(config.ffn_placement, m, m, eps, scaled=False)
+        self.gate_proj = nn.Linear(config.hidden_size, m, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, m, bias=False)
+        self.down_proj = nn.Linear(m, config.hidden_size, bias=False)
+        self.gate_norm = norm_after(config.ffn_placement, m)
+        self.up_norm = norm_after(config.ffn_placement, m, own_u=False)
 
     def forward(self, h):
         return self.down_proj(F.silu(self.gate_norm(self.gate_proj(h))) * self.up_norm(self.up_proj(h)))
 
 
 class NanoScaleRouter(nn.Module):
-    """h: (tokens, n). Returns each token's K experts and their weights, both (tokens, K); all in fp32."""
+    """h: (tokens, n). Returns each token's K experts and their weights, both (tokens, K). In fp32."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.zeros(config.n_experts, config.hidden_size))
-        # for the choice alone, and without a gradient
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_experts, dtype=torch.float32), False)
-        idle = config.ffn_placement == "input"  # then h is normed already
-        self.norm = nn.Identity() if idle else NanoScaleRMSNorm(0, config.hidden_size, config.rms_norm_eps)
+        # only for the choice; a buffer, since it has no gradient
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_experts, dtype=torch.float32))
+        normed = config.ffn_placement == "input"  # then h is normed already
+        self.norm = nn.Identity() if normed else NanoScaleRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, h):
         kind, logits = self.config.router, F.linear(self.norm(h.float()), self.weight.float())
@@ -159,14 +142,13 @@ class NanoScaleRouter(nn.Module):
 
 
 class NanoScaleMoE(nn.Module):
-    """Each token goes through the K experts with the highest scores, and through the shared ones, which are one MLP."""
+    """Each token goes through the K experts with the highest scores, and through the shared expert."""
 
     def __init__(self, config):
         super().__init__()
         self.gate = NanoScaleRouter(config)
         self.experts = nn.ModuleList(NanoScaleMLP(config, config.expert_dim) for _ in range(config.n_experts))
-        shared = config.n_shared_experts * config.expert_dim
-        self.shared_experts = NanoScaleMLP(config, shared) if shared else None
+        self.shared_experts = NanoScaleMLP(config, config.shared_dim) if config.shared_dim else None
 
     def forward(self, h):
         x = h.flatten(0, 1)  # (tokens, n)
@@ -185,34 +167,41 @@ class NanoScaleLayer(GradientCheckpointingLayer):
         n, eps, placements = config.hidden_size, config.rms_norm_eps, (config.attn_placement, config.v_placement)
         self.self_attn = NanoScaleAttention(config, layer_idx)
         self.mlp = NanoScaleMoE(config) if config.n_experts else NanoScaleMLP(config, config.intermediate_size)
-        # a norm does not see the length of what goes into it: before branches that all have one after them it is idle
-        self.attn_norm = NanoScaleRMSNorm(0, n, eps) if "input" in placements else nn.Identity()
-        self.mlp_norm = NanoScaleRMSNorm(0, n, eps) if config.ffn_placement == "input" else nn.Identity()
-        gemma, post = config.arch == "gemma", n if config.scale_vectors else 0
-        self.post_attention_layernorm = NanoScaleRMSNorm(post, n, eps) if gemma else nn.Identity()
-        self.post_feedforward_layernorm = NanoScaleRMSNorm(post, n, eps) if gemma else nn.Identity()
+        # a norm ignores the length of its input, so the one before branches that all end in a norm is left out
+        self.attn_norm = NanoScaleRMSNorm(n, eps) if "input" in placements else nn.Identity()
+        self.mlp_norm = NanoScaleRMSNorm(n, eps) if config.ffn_placement == "input" else nn.Identity()
+        gemma, scaled = config.arch == "gemma", n if config.scale_vectors else 0
+        self.attn_post_norm = NanoScaleRMSNorm(n, eps, scaled) if gemma else nn.Identity()
+        self.mlp_post_norm = NanoScaleRMSNorm(n, eps, scaled) if gemma else nn.Identity()
 
-    def forward(self, x, **kwargs):
-        y, weights = self.self_attn(self.attn_norm(x), **kwargs)
-        x = x + self.post_attention_layernorm(y)
-        return x + self.post_feedforward_layernorm(self.mlp(self.mlp_norm(x))), weights
+    def forward(self, hidden_states, **kwargs):
+        y, _ = self.self_attn(self.attn_norm(hidden_states), **kwargs)
+        x = hidden_states + self.attn_post_norm(y)
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
-class NanoScalePreTrainedModel(PreTrainedModel):
-    config_class = NanoScaleConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["NanoScaleLayer"]
-    _supports_sdpa = True
-    _supports_attention_backend = True
+class NanoScaleHead(nn.Linear):
+    """The LM head, and under DNP its norm over the vocabulary."""
 
     def __init__(self, config):
-        super().__init__(config)
-        if config.n_experts:  # 4.57 refuses the name of a parameter that is not there
-            self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = norm_after(config.head_placement, config.vocab_size)
+
+    def forward(self, h):
+        return self.norm(super().forward(h))
+
+
+class NanoScalePreTrainedModel(llama.LlamaPreTrainedModel):
+    config_class = NanoScaleConfig
+    _no_split_modules = ["NanoScaleLayer"]
+    _can_record_outputs = {"hidden_states": NanoScaleLayer, "attentions": NanoScaleAttention}
+
+    def post_init(self):
+        super().post_init()
+        self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # 4.57's post_init knows only parameters
 
     @classmethod
-    def _can_set_attn_implementation(cls):  # theirs looks for a phrase in this file, and 5.24 for another than 4.57
+    def _can_set_attn_implementation(cls):  # theirs searches this file for a phrase, which depends on the version
         return True
 
     def _init_weights(self, module):
@@ -222,78 +211,28 @@ class NanoScalePreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.e_score_correction_bias)
 
 
-class NanoScaleModel(NanoScalePreTrainedModel):
+class NanoScaleModel(NanoScalePreTrainedModel, llama.LlamaModel):
     def __init__(self, config):
-        super().__init__(config)
+        PreTrainedModel.__init__(self, config)  # not Llama's, which makes Llama's layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(NanoScaleLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = NanoScaleRMSNorm(0, config.hidden_size, config.rms_norm_eps)
+        self.norm = NanoScaleRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = llama.LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
-    def rope(self, positions, dtype):
-        """cos and sin, (B, 1, T, d/2), of positions (B, T)."""
-        wide = torch.float32 if positions.device.type == "mps" else torch.float64
-        d = self.config.head_dim
-        rates = self.config.rope_theta ** (-torch.arange(0, d, 2, dtype=wide, device=positions.device) / d)
-        angles = (positions.to(wide).unsqueeze(-1) * rates).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                use_cache=None, output_attentions=None, output_hidden_states=None, cache_position=None, cache=None,
-                **kwargs):
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        config = self.config
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values if cache is None else cache
-        use_cache = config.use_cache and not self.training if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:  # a layer that runs twice would extend it twice
-            cache, use_cache = None, False
-        if use_cache and cache is None:
-            cache = DynamicCache(config=config)
-        if cache_position is None:
-            past = 0 if cache is None else cache.get_seq_length()
-            cache_position = torch.arange(x.size(1), device=x.device) + past
-        if position_ids is None:
-            position_ids = cache_position.unsqueeze(0)
-        told = dict(config=config, inputs_embeds=x, input_embeds=x, attention_mask=attention_mask, cache=cache,
-                    past_key_values=cache, cache_position=cache_position, position_ids=position_ids)
-        mask = create_causal_mask(**{name: value for name, value in told.items() if name in MASK_ARGUMENTS})
-        cos, sin = self.rope(position_ids, x.dtype)
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden, attentions = (), ()
-        for layer in self.layers:
-            hidden += (x,) if output_hidden_states else ()
-            x, weights = layer(x, cos=cos, sin=sin, mask=mask, cache=cache, cache_position=cache_position,
-                               output_attentions=output_attentions, **kwargs)
-            attentions += (weights,) if output_attentions and weights is not None else ()  # sdpa warns, and has none
-        x = self.norm(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x, hidden_states=(*hidden, x) if output_hidden_states else None,
-            attentions=attentions or None, **{CACHE: cache})
-
-
-class NanoScaleForCausalLM(NanoScalePreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # where config.tie_word_embeddings
-
+class NanoScaleForCausalLM(NanoScalePreTrainedModel, llama.LlamaForCausalLM):
     def __init__(self, config):
-        super().__init__(config)
+        PreTrainedModel.__init__(self, config)
         self.model = NanoScaleModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = NanoScaleHead(config)
         self.post_init()
+        # Trainer's label_smoothing_factor shifts the labels only for classes whose name is in this table
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["nanoscale"] = "NanoScaleForCausalLM"
 
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, cache=None, **kwargs):
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                         cache=cache, **kwargs)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:  # divides by num_items_in_batch, where Trainer says it in kwargs
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states,
-                                      attentions=out.attentions, **{CACHE: getattr(out, CACHE)})
+    def resize_token_embeddings(self, *args, **kwargs):
+        if self.config.head_placement != "input":
+            raise ValueError("This LM head has a norm over the vocabulary, so that new tokens would change the logits "
+                             "of all others. It cannot be resized.")
+        return super().resize_token_embeddings(*args, **kwargs)
