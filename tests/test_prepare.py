@@ -1,14 +1,13 @@
 """The corpora: data/corpus.py and each prepare.py. Downloads come from a local server or from a stand-in."""
 
 import hashlib
+import inspect
 import json
 import os
 import runpy
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -292,28 +291,26 @@ def test_after_an_error_in_a_thread_no_further_item_is_started():
 
 # --- fineweb ---------------------------------------------------------------------------------------------------------
 
-def shard(tmp_path, tokens):
-    with BinWriter(tmp_path / "shard.bin") as out:
-        out.write(tokens)
-    return (tmp_path / "shard.bin").read_bytes()
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A stand-in for hf_hub_download. files: {name: content, or an error to raise}. asked: the names requested."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    hub = SimpleNamespace(asked=[], files={
-        f"fineweb_{name}.bin": shard(tmp_path, [50256] + [1000 + i] * (50 + i))
-        for i, name in enumerate(["val_000000", "train_000001", "train_000002", "train_000003"])})
+    hub = SimpleNamespace(asked=[], files={})
+    for i, name in enumerate(["val_000000", "train_000001", "train_000002"]):
+        with BinWriter(tmp_path / "shard.bin") as out:
+            out.write([50256] + [1000 + i] * (50 + i))
+        hub.files[f"fineweb_{name}.bin"] = (tmp_path / "shard.bin").read_bytes()
+    real = inspect.signature(huggingface_hub.hf_hub_download)
 
-    def hf_hub_download(repo, name, repo_type, local_dir):
-        assert repo_type == "dataset" and repo == fineweb.REPO
-        path, found = local_dir / name, hub.files[name]
+    def hf_hub_download(*args, **kw):
+        call = real.bind(*args, **kw).arguments
+        assert call["repo_type"] == "dataset" and call["repo_id"] == fineweb.REPO
+        name, folder = call["filename"], call["local_dir"]
         hub.asked.append(name)
-        if isinstance(found, Exception):
-            raise found
-        tree(local_dir, {name: found})
-        return str(path)
+        tree(folder, {"begun": ""})
+        if isinstance(hub.files[name], Exception):
+            raise hub.files[name]
+        return str(tree(folder, {name: hub.files[name]}) / name)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     return hub
 
@@ -361,89 +358,12 @@ def test_a_download_that_fails_is_one_line(hub, tmp_path, error, said):
     error.__cause__ = OSError("the cause")  # of what the client raises, it says more than the error
     with refused("(the cause)"):
         fineweb.prepare(1, tmp_path / "out")
+    assert (tmp_path / "out/download.part/begun").exists()  # the client continues from what it has
 
 
 def test_without_huggingface_hub_one_line_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in run("fineweb", "--out", "out").stderr
-
-
-class Handler(BaseHTTPRequestHandler):
-    """
-    Answers as the Hub does when a file is requested. server.plan lists what goes wrong with the next requests: break
-    (after half of the body), slam (no answer) or a status code. server.asked lists the requests, (name, Range).
-    """
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        if self.path.startswith(f"/datasets/{fineweb.REPO}/resolve/main/"):
-            self.answer(self.path.rpartition("/")[2])
-        else:  # the client's other requests
-            self.send_error(404)
-
-    do_GET = do_HEAD
-
-    def answer(self, name):
-        server, get = self.server, self.command == "GET"
-        plan = server.plan.pop(0) if get and server.plan else ""
-        if get:
-            server.asked.append((name, self.headers.get("Range")))
-        if plan == "slam":
-            return
-        if plan.isdigit() or name not in server.files:
-            self.send_response(int(plan or 404))
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        content = server.files[name]
-        start = int(self.headers.get("Range", "bytes=0-")[len("bytes="):-1])
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        body = content[start:]
-        if get:
-            self.wfile.write(body[:len(body) // 2] if plan == "break" else body)
-
-
-@pytest.fixture
-def server(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.plan, server.asked = {}, [], []
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        server.environ = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
-                          "no_proxy": "127.0.0.1", "HOME": str(tmp_path)}
-        yield server
-        server.shutdown()
-
-
-def test_the_real_client_continues_a_broken_download_and_fails_in_one_line(server, tmp_path):
-    """In a process of its own, because the client reads its environment when it is imported."""
-    def fetch():
-        return subprocess.run([sys.executable, HERE / "fineweb/prepare.py", "--shards", "1", "--out", "~/out"],
-                              env=os.environ | server.environ, capture_output=True, text=True)
-    train, val, out = "fineweb_train_000001.bin", "fineweb_val_000000.bin", tmp_path / "out"
-    large = shard(tmp_path, np.arange(12 * 2 ** 20).astype(np.uint16))  # 24 MB; the client writes 10 at a time
-    server.files, server.plan = {val: large, train: shard(tmp_path, [50256] * 60)}, ["break", "slam", "", "403"]
-    done = fetch()
-    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert fineweb.REPO in last and train in last and "403" in last, done.stderr
-    names, ranges = zip(*server.asked)
-    assert names == (val,) * 3 + (train,)
-    assert ranges[0] is None and ranges[1] == ranges[2] and int(ranges[1][len("bytes="):-1]) > 0 and ranges[3] is None
-    assert (out / val).read_bytes() == large and not (out / train).exists()
-    server.asked.clear()
-    done = fetch()
-    assert done.returncode == 0, done.stderr
-    assert server.asked == [(train, None)] and sorted(os.listdir(out)) == [train, val, "meta.json"]
-    assert "train_tokens: 60\n" in done.stdout and f"folder: {out}\n" in done.stdout
 
 
 # --- shakespeare -----------------------------------------------------------------------------------------------------
