@@ -56,8 +56,9 @@ def run(tmp_path, monkeypatch, capsys):
     def command(name, *arguments):
         script, code = str(HERE / name / "prepare.py"), 0
         with monkeypatch.context() as patch:
-            for attribute in ("stdout", "stderr", "excepthook", "path"):
+            for attribute in ("stdout", "stderr", "excepthook"):
                 patch.setattr(sys, attribute, getattr(sys, attribute))  # undoes what the script replaces
+            patch.setattr(sys, "path", [*sys.path])
             patch.setattr(sys, "argv", [script, *arguments])
             try:
                 runpy.run_path(script, run_name="__main__")
@@ -393,9 +394,12 @@ def test_what_is_not_shakespeare_is_refused(tmp_path, monkeypatch, source, said)
 # --- command lines ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("module", [pysrc, text, fineweb, shakespeare])
-def test_help_shows_the_docstring_and_the_defaults(run, module):
-    done, name = run(module.__name__.split(".")[1], "--help"), module.__name__.split(".")[1]
-    assert done.code == 0 and not done.stderr
+def test_help_shows_the_docstring_and_the_defaults(tmp_path, module):
+    """In a process in another folder, where each script has to find the project."""
+    name = module.__name__.split(".")[1]
+    done = subprocess.run([sys.executable, HERE / name / "prepare.py", "--help"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"COLUMNS": "120"})
+    assert done.returncode == 0 and not done.stderr
     assert module.__doc__.strip() in done.stdout
     assert "--out" in done.stdout and f"(default: data/{name}" in done.stdout
 
