@@ -2,7 +2,7 @@
 Kill a run with SIGKILL again and again, resume it each time, and compare its end with a run that nobody disturbed:
 
     python tests/faults.py --kills 100
-    python tests/faults.py --kills 100 --threads 2 --load 2 --steps 60 --each 6
+    python tests/faults.py --kills 100 --steps 60 --each 6
 
 A run that reaches its end is compared bit for bit and another one begins, until all kills are spent. A kill falls
 at one of three moments, in turn: at any time since the process started, at any time while it trains, and as soon as
@@ -10,14 +10,12 @@ the temporary file of a checkpoint is seen.
 """
 
 import csv
-import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +51,11 @@ def same(a, b):
     return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
 
-def attempt(args, out, moment, rng, env):
+def attempt(args, out, moment, rng):
     """Run args and kill it at the moment. Returns ('killed', whether it was writing) or ('ended', False)."""
     tmp, log = out / "ckpt.pt.tmp", out / "log.csv"
     seen = log.stat().st_mtime_ns if log.exists() else 0
-    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if moment == 0:
         wait_until = time.monotonic() + rng.uniform(0, 4)
         trigger = lambda: time.monotonic() > wait_until
@@ -79,15 +77,15 @@ def attempt(args, out, moment, rng, env):
     return "killed", tmp.exists()
 
 
-def torment(folder, kills, steps, seed=0, bar=None, threads=1, each=None):
+def torment(folder, kills, steps, seed=0, bar=None, each=None):
     """Spend `kills` kills on runs in folder. Returns what was done, a dict. Raises AssertionError on any difference."""
-    folder, rng, env = Path(folder), random.Random(seed), dict(os.environ, OMP_NUM_THREADS=str(threads))
+    folder, rng = Path(folder), random.Random(seed)
     data = folder / "data"
     data.mkdir(parents=True)
     for split in ("train", "val"):
         with BinWriter(data / f"{split}.bin") as out:
             out.write(np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint16))
-    subprocess.run(command(folder / "undisturbed", data, steps), check=True, stdout=subprocess.DEVNULL, env=env)
+    subprocess.run(command(folder / "undisturbed", data, steps), check=True, stdout=subprocess.DEVNULL)
     expected = outcome(folder / "undisturbed")
     done = {"kills": 0, "while writing": 0, "before the first checkpoint": 0, "runs compared": 0}
     while done["kills"] < kills or not done["runs compared"]:
@@ -96,9 +94,9 @@ def torment(folder, kills, steps, seed=0, bar=None, threads=1, each=None):
             resume = ["--resume=True"] if (out / "ckpt.pt").exists() else []
             args = command(out, data, steps) + resume
             if done["kills"] < min(kills, spare):
-                how, writing = attempt(args, out, done["kills"] % 3, rng, env)
+                how, writing = attempt(args, out, done["kills"] % 3, rng)
             else:
-                subprocess.run(args, check=True, stdout=subprocess.DEVNULL, env=env)
+                subprocess.run(args, check=True, stdout=subprocess.DEVNULL)
                 how = "ended"
             if how == "ended":
                 break
@@ -119,11 +117,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=400, help="of a run; default: 400")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, help="kills of one run at most, so that more runs are compared")
-    parser.add_argument("--threads", type=int, default=1, help="of a run")
-    parser.add_argument("--load", type=int, default=0, help="processes that do nothing but take time from it")
     a = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=a.kills, unit="kill") as bar, ExitStack() as load:
-        for _ in range(a.load):
-            load.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
-        done = torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar, a.threads, a.each)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=a.kills, unit="kill") as bar:
+        done = torment(Path(folder) / "faults", a.kills, a.steps, a.seed, bar, a.each)
     print(", ".join(f"{what}: {count}" for what, count in done.items()))

@@ -2,10 +2,7 @@
 
 import csv
 import functools
-import mmap
-import os
-import re
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 import devices
 import kernels
-import runs
 import train
 from configurator import ConfigError, configure
 from runs import load_checkpoint
@@ -264,63 +260,3 @@ def test_a_device_without_float64(settings, monkeypatch, kw, capsys):
     finally:
         mode.__exit__(None, None, None)
     assert mode.home and "a sample:" in capsys.readouterr().out
-
-
-@contextmanager
-def windows(monkeypatch):
-    """No folder can be opened, no file that is open or mapped replaced, no folder renamed with an open file in it."""
-    real_open, real_replace, real_rename = os.open, os.replace, os.rename
-
-    def in_use():
-        paths = set(re.findall(r"(/\S+)$", Path("/proc/self/maps").read_text(), re.M))
-        for fd in os.listdir("/proc/self/fd"):
-            try:
-                paths.add(os.readlink(f"/proc/self/fd/{fd}"))
-            except OSError:
-                continue
-        return paths
-
-    def open_(path, *a, **kw):
-        if os.path.isdir(path):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real_open(path, *a, **kw)
-
-    def moving(real):
-        def move(src, dst):
-            for path in (os.path.realpath(src), os.path.realpath(dst)):
-                if any(used == path or used.startswith(path + os.sep) for used in in_use()):
-                    raise PermissionError(32, "The process cannot access the file", path)
-            real(src, dst)
-        return move
-    with monkeypatch.context() as m:
-        m.setattr(runs, "fcntl", None)
-        m.setattr(os, "open", open_)
-        m.setattr(os, "replace", moving(real_replace))
-        m.setattr(os, "rename", moving(real_rename))
-        yield
-
-
-def test_windows_saves_resumes_and_overwrites(settings, monkeypatch):
-    with windows(monkeypatch):
-        with pytest.raises(PermissionError):
-            os.open(settings().dataset, os.O_RDONLY)
-        main(settings(max_steps=4))
-        main(settings(max_steps=12, resume=True))  # replaces the file that it resumed from, twice
-        main(settings(max_steps=4, overwrite=True))
-    assert load_checkpoint(Path(settings().out_dir) / "ckpt.pt")["step"] == 4
-    assert load_checkpoint(Path(settings().out_dir + ".1") / "ckpt.pt")["step"] == 12
-
-
-def test_the_simulation_of_windows_refuses(monkeypatch, tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_bytes(b"1" * 4096)
-    b.write_bytes(b"2")
-    with windows(monkeypatch):
-        with open(a, "rb") as f, pytest.raises(PermissionError):
-            os.replace(b, a)
-        with open(a, "rb") as f:
-            view = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        with pytest.raises(PermissionError):
-            os.replace(b, a)
-        view.close()
-        os.replace(b, a)

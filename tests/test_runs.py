@@ -62,8 +62,17 @@ def test_a_file_system_without_locks_is_no_reason_not_to_train(settings, monkeyp
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr(runs, "fcntl", types.SimpleNamespace(flock=refused, LOCK_EX=0, LOCK_NB=0))
     main(settings())
-    monkeypatch.setattr(runs, "fcntl", None)  # Windows
+    # Windows has no fcntl, and opens no folders
+    monkeypatch.setattr(runs, "fcntl", None)
+    real = os.open
+
+    def no_folders(path, *args, **kw):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args, **kw)
+    monkeypatch.setattr(os, "open", no_folders)
     main(settings(resume=True, max_steps=9))
+    main(settings(overwrite=True))
 
 
 # --overwrite=True
