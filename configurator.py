@@ -7,7 +7,7 @@ The settings are a dataclass. Each field has a type with a range and a trailing 
 A config file is plain Python assignments. It is executed, so read a stranger's first. Every mistake is one line on
 stderr, with exit code 2.
 
-Knows none of the other files.
+Imports none of the other files.
 """
 
 import argparse

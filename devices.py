@@ -1,7 +1,7 @@
 """
 The machine: processes, device, dtype, the device's name and its peak speed.
 
-Knows configurator.py alone.
+Imports configurator.py.
 """
 
 import math

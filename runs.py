@@ -1,7 +1,7 @@
 """
 What a run leaves on disk: its folder, its logs and its checkpoints. A kill can cut only the last row of a log.
 
-Knows settings.py and configurator.py.
+Imports settings.py and configurator.py.
 """
 
 import ast

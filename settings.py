@@ -1,7 +1,7 @@
 """
 Every setting of a model and of a run: its type, range, default, and the comment that --help prints.
 
-Knows configurator.py alone and does not load torch, so that --help and mistakes are answered at once.
+Imports configurator.py and does not load torch, so that --help and mistakes are answered at once.
 """
 
 from dataclasses import dataclass, fields

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import worlds
@@ -18,8 +19,8 @@ from train import main
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def torchrun(*args):
-    return subprocess.run([*TORCHRUN, "--standalone", "--nproc_per_node=2", *map(str, args)], capture_output=True,
+def torchrun(n, *args):
+    return subprocess.run([*TORCHRUN, "--standalone", f"--nproc_per_node={n}", *map(str, args)], capture_output=True,
                           text=True, timeout=600)
 
 
@@ -29,7 +30,7 @@ def flags(s):
 
 
 def losses(out):
-    with open(out / "log.csv", newline="") as f:
+    with open(Path(out) / "log.csv", newline="") as f:
         return [float(row[column]) for row in csv.DictReader(f) for column in ("train_loss", "val_loss") if row[column]]
 
 
@@ -47,7 +48,7 @@ def world(corpus, tmp_path_factory):
     with open(other / "train.bin", "r+b") as f:
         f.seek(5000)
         f.write(b"!!")
-    run = torchrun(ROOT / "tests" / "worlds.py", out, corpus, other)
+    run = torchrun(2, ROOT / "tests" / "worlds.py", out, corpus, other)
     assert run.returncode == 0 and "FutureWarning" not in run.stderr, run.stderr
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)], run.stdout
 
@@ -124,7 +125,7 @@ train.run(worlds.configure(train.Settings, sys.argv[1:])[0])
 def test_a_rank_that_dies_takes_the_job_down_and_a_restart_goes_on(settings, tmp_path):
     """torchrun then starts all processes anew with the same line."""
     (tmp_path / "dies.py").write_text(HOOKED.replace("NAME", "SIGKILL"))
-    run = torchrun("--max-restarts=1", tmp_path / "dies.py", *flags(settings(resume="auto", vocab_size=0)))
+    run = torchrun(2, "--max-restarts=1", tmp_path / "dies.py", *flags(settings(resume="auto", vocab_size=0)))
     assert run.returncode == 0 and "exitcode: -9" in run.stderr, run.stderr
     assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 8
     assert json.loads((tmp_path / "run" / "config.json").read_text())["resumed"][0]["step"] == 4

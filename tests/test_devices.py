@@ -232,7 +232,7 @@ class NoFloat64(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.home = []  # the tensors themselves: an id alone would be given again
+        self.home = []  # the tensors themselves: an id would be given again
         monkeypatch.setattr(torch.Tensor, "cpu", lambda t: self.bring(t.detach().clone()))
 
     def bring(self, t):

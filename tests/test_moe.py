@@ -4,7 +4,6 @@ import csv
 import itertools
 from pathlib import Path
 
-import faults
 import pytest
 import torch
 import torch.nn.functional as F
@@ -463,14 +462,6 @@ def test_losses_and_loads_do_not_depend_on_micro_batches_and_processes(settings,
     biases = [{n: x for n, x in load_checkpoint(Path(s.out_dir) / "ckpt.pt")["model"].items() if n.endswith("ffn.bias")}
               for s in (alone, two)]
     assert all((biases[0][n] - biases[1][n]).abs().max() <= 0.021 for n in biases[0])
-
-
-def test_killed_runs_end_as_an_undisturbed_one(tmp_path, monkeypatch):
-    dense = faults.command
-    monkeypatch.setattr(faults, "command", lambda *a: dense(*a) + ["--n_experts=4", "--expert_dim=16",
-                                                                   "--router_bias=0.01"])
-    done = faults.torment(tmp_path / "faults", kills=3, steps=60)
-    assert done["kills"] == 3 and done["runs compared"] >= 1
 
 
 def test_a_run_says_how_its_experts_fare(settings, capsys):
