@@ -9,7 +9,6 @@ W diag(γ) for a branch with a scale vector. The upper row is the paper's figure
 same three claims for DP. At the right are Theorems 2.2 and 2.3. tests/test_theory.py checks all of them.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from norms import Branches  # noqa: E402, after the line above
+from norms import Branches
 
 C, D = 6, 8  # outputs and inputs of the teacher
 KINDS = {"plain": {"scale_vectors": False}, "gamma": {}, "OR": {"form": "or"}, "DP": {"placement": "dual"}}

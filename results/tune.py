@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configurator import Parser  # noqa: E402, after the line above
+from configurator import Parser
 
 CHOICES = {"evict": ("", "evict_first"), "stages": (1, 2, 3), "programs": (2, 4, 8)}
 PARTS = {"forward": ("evict",), "backward": ("evict",), "backward γ": ("evict", "stages", "programs")}
@@ -36,10 +36,10 @@ def arguments(args=None):
 if __name__ == "__main__":
     asked = arguments()  # before torch is loaded
 
-import torch  # noqa: E402
+import torch
 
-import bench  # noqa: E402
-import kernels  # noqa: E402
+import bench
+import kernels
 
 
 def operations(n, rows, device, dtype):

@@ -18,7 +18,7 @@ from configurator import ConfigError
 from devices import step_memory
 
 sys.path.insert(0, str(ROOT / "results"))
-import tune  # noqa: E402, after the line above
+import tune
 
 CPU = torch.device("cpu")
 

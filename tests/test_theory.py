@@ -20,8 +20,8 @@ from norms import Branches, ScaleVector
 from settings import GPTConfig
 
 sys.path.insert(0, str(ROOT / "results"))
-import theory  # noqa: E402, after the line above
-from theory import at_same_state, effective, flow, rate, student  # noqa: E402
+import theory
+from theory import at_same_state, effective, flow, rate, student
 
 N_IN, N_OUT = 5, {"a": 3, "b": 4}
 TEACHERS = theory.teachers()
