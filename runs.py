@@ -266,10 +266,8 @@ def load_checkpoint(path):
     try:
         with open_file(path) as f, zipfile.ZipFile(f) as archive:
             damaged = archive.testzip()
-            f.seek(0)
-            # torch maps files by their names, and takes only UTF-8 for one
-            named = os.fsencode(path) == str(path).encode(errors="replace")
-            ckpt = torch.load(path if named else f, map_location="cpu", weights_only=True, mmap=named)
+        utf8 = os.fsencode(path) == str(path).encode(errors="replace")  # torch maps no file with another name
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=utf8)
         # building more layers than the file has tensors could take all memory
         kinds = [type(ckpt[name]) for name in ("step", "data", "optimizers", "tokenizer")]
         if (kinds[:3] != [int, dict, list] or kinds[3] not in (str, type(None))

@@ -123,7 +123,7 @@ def test_links_in_a_circle_are_no_folder(settings, tmp_path):
 def test_a_folder_that_is_closed_to_us_is_named(settings, nobody, name, mode):
     (nobody / "closed").mkdir(mode=mode)
     with pytest.raises(ConfigError, match=f"{nobody}/{name} cannot be (made: {nobody}/closed|used: Permission)"):
-        runs.claim_out_dir(settings(out_dir=str(nobody / name), resume="auto"))
+        runs.claim_out_dir(settings(out_dir=str(nobody / name)))
     (nobody / "closed").chmod(0o700)
 
 
