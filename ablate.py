@@ -321,7 +321,6 @@ class Suite:
             for log, (file, columns, n) in logs.items() if own[3] == "report" else ():
                 if log == "curves" or seed == self.opt.seeds[0]:
                     found[log][name] = evaluations(cell, file, columns, n) if finished else old[log, name]
-        self.out.mkdir(parents=True, exist_ok=True)
         write_csv(self.out / "results.csv", rows)
         for log, groups in found.items():
             write_csv(self.out / f"{log}.csv", [row for group in groups.values() for row in group])
@@ -426,6 +425,7 @@ def main(args):
     print(f"{count} different cells finished, {total - done:.3g} of {total:.3g} FLOPs to go")
     if suite.opt.dry_run:
         return 0
+    suite.out.mkdir(parents=True, exist_ok=True)
     try:
         CELLS.mkdir(parents=True, exist_ok=True)
         held = lock(CELLS, "ablate.lock")

@@ -78,10 +78,12 @@ def statements(folder, paper):
 
 
 def fit_lines(folder):
-    """The paper's fits of loss over compute and ours, a line for each strategy."""
-    lines = []
+    """The paper's cost of a step, and its fits of loss over compute and ours, a line for each strategy."""
+    paper = read_csv(HERE / "paper.csv")
+    costs = ", ".join(f"{row['number']} {row['unit']}" for row in paper if row["figure"] == "table3")
+    lines = [f"- table3, unified vs baseline. Paper: {costs} (1B, torch.compile). Ours: [bench](bench)."]
     for suite in SIZES:
-        theirs = {(row["arm"], row["unit"]): row["number"] for row in read_csv(HERE / "paper.csv")
+        theirs = {(row["arm"], row["unit"]): row["number"] for row in paper
                   if row["figure"] == suite and row["panel"].startswith("fit")}
         found = scaling_fits(summarise(read_csv(folder / suite / "results.csv")))
         for strategy in ("baseline", "unified"):
