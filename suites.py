@@ -3,7 +3,6 @@ The suites of ablate.py: which arms there are, which arm each is compared with, 
 Knows configurator.py and settings.py.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_type_hints
@@ -91,7 +90,7 @@ class Options:
 
 def readable(text):
     """A path or a command line as UTF-8; what is not UTF-8 in the name of a file is replaced."""
-    return os.fsencode(text).decode("utf-8", "replace")
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def numbers(text, kind, name):

@@ -348,6 +348,7 @@ def test_names_that_are_not_utf8_and_names_with_marks_of_markdown(fake, capsys):
     assert ablate.main([",".join(files), "--seeds=1", *fake, "--out=r"]) == 0
     assert [row["arm"] for row in table("r")] == ["\ufffd", "a|b*"]
     assert "| a\\|b\\* | \ufffd |" in Path("r/results.md").read_text("utf-8")
+    assert ablate.readable("é\udcc3\udca9") == "éé"  # what LC_ALL=C makes of it
 
 
 def test_a_full_disk_is_one_line(fake):
