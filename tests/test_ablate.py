@@ -241,7 +241,7 @@ def fake(tiny, tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
     (tmp_path / "code/train.py").write_text(FAKE)
     monkeypatch.setattr(ablate, "HERE", tmp_path / "code")
-    return ["--max_steps=8", *tiny]
+    return ["--max_steps=8", "--lrs=2e-3", *tiny]
 
 
 def table(folder, name="results"):
@@ -293,7 +293,7 @@ def test_what_results_csv_holds_of_this_code_is_finished_and_goes_on_in_another_
 
 def test_divergence_is_a_result_and_failure_is_not(fake, capsys):
     for _ in range(2):
-        assert ablate.main([ONE, "--seeds=1", "--lrs=2", *fake, "--out=r"]) == 0
+        assert ablate.main([ONE, "--seeds=1", *fake, "--lrs=2", "--out=r"]) == 0
         out = capsys.readouterr().out
         assert "- Diverged: unified at lr 2.0, seed 1." in out and "| unified |" not in out
         assert table("r")[0]["val_loss"] == "inf" and len(stamps()) == 1

@@ -63,7 +63,7 @@ def drawn(monkeypatch):
     return made
 
 
-FIGURE5 = {("baseline", ""): 0.0, ("HG", "baseline"): -0.01, ("HG+DNP", "HG"): 0.02, ("HG+AP", "HG"): -0.0102}
+FIGURE5 = {("baseline", ""): 0.0, ("HG", "baseline"): -0.01, ("HG+AP", "HG"): 0.02, ("HG+DNP", "HG"): -0.0102}
 
 
 def words(figure):
@@ -92,14 +92,14 @@ def test_a_panel_per_reference_with_lines_labelled_and_the_papers_end_points(tmp
     for name in ("curves", "ablation"):
         first, second = drawn[name].axes
         assert "minus baseline" in first.get_title(loc="left") and "minus HG" in second.get_title(loc="left")
-        assert drawn[name].get_suptitle() == "Better: HG; worse: HG+DNP; not significant: HG+AP"
+        assert drawn[name].get_suptitle() == "Better: HG; worse: HG+AP; not significant: HG+DNP"
         assert [text.get_text() for legend in drawn[name].legends for text in legend.get_texts()] == ["paper, 0.12B"]
         rings = [line.get_xydata()[0] for line in second.get_lines() if line.get_markerfacecolor() == "none"]
         assert sorted(ring[int(name == "curves")] for ring in rings) == [0.0099, 0.0341]
-    assert words(drawn["curves"]) == ["HG", "HG+AP", "HG+DNP"]
+    assert words(drawn["curves"]) == ["HG", "HG+DNP", "HG+AP"]
     line = drawn["curves"].axes[0].get_lines()[0]
     assert line.get_xdata()[0] == 500 and line.get_ydata() == pytest.approx(-0.01, abs=1e-3)  # without step 0
-    assert [label.get_text() for label in drawn["ablation"].axes[1].get_yticklabels()] == ["HG+AP", "HG+DNP"]  # sorted
+    assert [label.get_text() for label in drawn["ablation"].axes[1].get_yticklabels()] == ["HG+DNP", "HG+AP"]  # sorted
     low, high = drawn["curves"].axes[1].get_ylim()
     assert -0.01 < low < 0 and 0.0341 < high < 0.05
 
@@ -112,7 +112,7 @@ def test_filled_is_significant_and_grey_is_the_references_own_spread(tmp_path, d
         names = [label.get_text() for label in ax.get_yticklabels()]
         squares = [line for line in ax.get_lines() if line.get_marker() == "s"]
         filled |= {name: s.get_markerfacecolor() == s.get_color() for name, s in zip(names, squares)}
-    assert filled == {"HG": True, "HG+AP": False, "HG+DNP": True}
+    assert filled == {"HG": True, "HG+DNP": False, "HG+AP": True}
     losses = [float(row["val_loss"]) for row in plot.read_csv(tmp_path / "results.csv") if row["arm"] == "baseline"]
     grey = drawn["ablation"].axes[0].patches[0]
     assert grey.get_width() == pytest.approx(2 * 2**0.5 * plot.mean_and_half_width(losses)[1])
@@ -134,7 +134,7 @@ def test_only_reported_cells_of_the_seeds_that_all_arms_have(tmp_path, drawn):
     write_suite(tmp_path, FIGURE5)
     rows = plot.read_csv(tmp_path / "results.csv")
     rows += [{**row, "use": "tuning", "val_loss": 9, "lr": 4} for row in rows]
-    write_csv(tmp_path / "results.csv", [row for row in rows if row["cell"] != "HG+AP2"])
+    write_csv(tmp_path / "results.csv", [row for row in rows if row["cell"] != "HG+DNP2"])
     plot.plot_suite(tmp_path)
     losses = {row["cell"]: float(row["val_loss"]) for row in rows if row["use"] == "report"}
     mean = np.mean([losses[f"HG{seed}"] - losses[f"baseline{seed}"] for seed in (0, 1)])
