@@ -74,7 +74,7 @@ from stats import read_csv, report_text  # noqa: E402
 def at_size(size, arms, opt, suite):
     """
     The arms at one of --sizes, for as many steps as its tokens per active parameter of the first make. figure7 has the
-    paper's mixture: 32 experts of int(2d/3), 4 per token, beside one of int(8d/3) that is shared. Raises ConfigError.
+    paper's mixture: 32 experts of int(2d/3), 4 per token, and a shared one of int(8d/3). Raises ConfigError.
     """
     shape, own, budget = size.partition("@")
     if own and not budget.isdecimal():

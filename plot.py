@@ -128,7 +128,7 @@ def grid_of(figure, n, columns):
 
 def label_ends(ax, ends, reach=None, height=2.6):
     """
-    Fit the axis to the values of `reach` and mark 0, if there are any; then write each name beside the end of its line,
+    Fit the axis to the values of `reach` and mark 0, if there are any; then write each name at the end of its line,
     without overlap. ends: (y, name, colour). height: of the panel, in inches.
     """
     if reach:

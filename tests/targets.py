@@ -4,7 +4,7 @@ before it launches, its check of keywords included.
 
     python tests/targets.py [75 gfx942 ...]    prints {target: [[kernel, error, shared bytes, threads, PTX], ...]}
 
-The PTX is Hopper's alone, of the launches at widths of a model of 1B. TRITON_INTERPRET must not be set, so tests run
+The PTX is only Hopper's, of the launches at widths of a model of 1B. TRITON_INTERPRET must not be set, so tests run
 this in a process of its own.
 """
 

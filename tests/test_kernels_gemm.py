@@ -3,7 +3,6 @@ kernels.py's scaled_cast and qk_norm_rope, which stand before and after a GEMM, 
 test_kernels.py says of the interpreter holds here too.
 """
 
-import itertools
 import math
 
 import pytest
@@ -214,9 +213,9 @@ def test_nan_and_inf_stay_in_their_head_and_zeros_survive(normed, gammas, bad):
     hit = torch.zeros(2, 3, 7, dtype=torch.bool, device=DEVICE)
     hit[0, 1, 2] = hit[1, 2, 4] = hit[1, 0, 6] = hit[1, 1, 5] = True
     assert (out.isfinite().all(-1) == ~hit).all() and (out[0, 0] == 0).all()
-    for head in (out[1, 0, 6], out[1, 1, 5]):  # of v, which nothing turns: without a norm one channel alone
+    for head in (out[1, 0, 6], out[1, 1, 5]):  # of v, which nothing turns: without a norm only one channel
         assert (~head.isfinite()).sum() == (8 if "v" in normed and math.isnan(bad) else 1)
-    # a gradient depends on y through a norm alone
+    # a gradient depends on y only through a norm
     through = hit.clone()
     through[:, :, {"": 0, "qk": 5, "qkv": 7}[normed]:] = False
     assert (row.isfinite().all(-1) == ~through).all()

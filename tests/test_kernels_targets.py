@@ -60,7 +60,7 @@ class Broken:
 def compilation_error():
     """As Triton makes it, of many lines, the last of which says why."""
     from triton.compiler.errors import CompilationError
-    node = compile("x =\\\n  1", "", "exec", 1024).body[0]  # 1024: the tree alone
+    node = compile("x =\\\n  1", "", "exec", 1024).body[0]  # 1024: only parse
     return CompilationError("def kernel():\n    a line\n", node, "Unsupported conversion\nand more")
 
 
@@ -101,7 +101,7 @@ def test_a_model_goes_its_own_way_and_its_backward_pass_as_its_forward_pass(laun
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_another_activation_is_computed_everywhere(normed, monkeypatch, launched):
-    """In the place of SiLU, on a CPU and on a GPU: what is written out for SiLU alone stands aside."""
+    """In place of SiLU, on a CPU and on a GPU: what is written out for SiLU is not used."""
     y, gamma = randn(5, 16), randn(8)
     monkeypatch.setattr(kernels, "activation", torch.nn.functional.gelu)
     gate, up = y.chunk(2, dim=-1)
