@@ -58,14 +58,14 @@ if __name__ == "__main__":  # before torch is loaded
         print("\noptions, with their defaults:\n" + help_text(Options))
         sys.exit(0)
 
-import torch  # noqa: E402
+import torch
 
-from data.tokens import DataError, Tokens, data_folder, vocabulary  # noqa: E402
-from devices import pick_device  # noqa: E402
-from hf import adopt  # noqa: E402
-from model import GPT  # noqa: E402
-from runs import code_hash, lock, replacing, write_whole  # noqa: E402
-from stats import read_csv, report_text  # noqa: E402
+from data.tokens import DataError, Tokens, data_folder, vocabulary
+from devices import pick_device
+from hf import adopt
+from model import GPT
+from runs import code_hash, lock, replacing, write_whole
+from stats import read_csv, report_text
 
 # ---------------------------------------------------------------------------------------------------------------
 # from words to arms, from arms to cells
@@ -135,8 +135,8 @@ class Cell:
     @cached_property
     def folder(self):
         s = self.settings
-        values = {**asdict(s), **asdict(gpt_config(s, s.dtype))}
-        known = json.dumps([{k: v for k, v in values.items() if k not in NO_LOSS}, self.content], sort_keys=True)
+        values = {k: v for k, v in (asdict(s) | asdict(gpt_config(s, s.dtype))).items() if k not in NO_LOSS}
+        known = json.dumps([values, self.content], sort_keys=True)
         digest = hashlib.sha256(known.encode()).hexdigest()[:10]
         return CELLS / f"{s.n_layer}x{s.n_embd}-{s.max_steps}steps-lr{s.lr:g}-seed{s.seed}-{digest}"
 
@@ -247,8 +247,7 @@ def evaluations(cell, log, columns, n):
     """The rows of a cell's log at n of its evaluations at most, the first and the last among them."""
     rows = [row for row in read_csv(cell.folder / log) if row.get("val_loss") != ""]  # log.csv has others in between
     steps = list(dict.fromkeys(row["step"] for row in rows))
-    n = min(n, len(steps))
-    chosen = {steps[i * (len(steps) - 1) // max(1, n - 1)] for i in range(n)}
+    chosen = {steps[i * (len(steps) - 1) // max(1, n - 1)] for i in range(n)} if len(steps) > n else {*steps}
     return [{"cell": cell.folder.name, **{c: row[c] for c in columns}} for row in rows if row["step"] in chosen]
 
 
@@ -324,8 +323,7 @@ class Suite:
         write_csv(self.out / "results.csv", rows)
         for log, groups in found.items():
             write_csv(self.out / f"{log}.csv", [row for group in groups.values() for row in group])
-        text = report_text(rows, self.command, bad)
-        write_whole(self.out / "results.md", text)
+        write_whole(self.out / "results.md", text := report_text(rows, self.command, bad))
         return text, bad
 
 
@@ -452,7 +450,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError) as e:
-        refuse(e)
-    except OSError as e:
-        sys.exit(f"ablate.py: {e}")
+    except (ConfigError, DataError, OSError) as e:
+        refuse(e, 1 if isinstance(e, OSError) else 2)

@@ -15,8 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from stats import escaped, markdown_table, paper_numbers, read_csv, report_text, scaling_fits, summarise  # noqa: E402
-from suites import SIZES, SUITES  # noqa: E402
+from stats import escaped, markdown_table, paper_numbers, read_csv, report_text, scaling_fits, summarise
+from suites import SIZES, SUITES
 
 START, END = "<!-- made by results/report.py -->", "<!-- end of what results/report.py made -->"
 ORDER = ["primary", *(name for name in SUITES if name != "primary")]

@@ -8,7 +8,7 @@ from ablate import COLUMNS, write_csv
 from suites import SUITES
 
 sys.path.insert(0, str(ROOT / "results"))
-import report  # noqa: E402, after the line above
+import report
 
 
 def write_suite(folder, suite, deltas):
