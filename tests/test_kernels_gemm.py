@@ -152,7 +152,7 @@ def tables(T, d, start=3):
 
 
 def heads(B, T, d, n_head, n_kv_head, normed="", gammas="--", dtype=torch.float32):
-    """(ours, naive), their inputs and gradients that arrive. gammas: for q and k, none -, shared by heads 1 or own n."""
+    """(ours, naive), their inputs and gradients that arrive. gammas: of q and k: none (-), shared (1) or own (n)."""
     args = *tables(T, d), n_head, n_kv_head, normed
     sizes = n_head, n_kv_head, n_kv_head
     given = [None if c == "-" else gamma(d if c == "1" else n * d) for c, n in zip(gammas, sizes[:2])]
