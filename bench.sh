@@ -48,7 +48,7 @@ else
 fi
 few="baseline,unified,unified --head_placement=input"
 
-step gpu_tests 60 python -m pytest -q -x -rs tests/test_gpu.py
+step gpu_tests 60 python -m pytest -o addopts= -q -x -rs tests/test_gpu.py
 step overhead 240 python bench.py overhead --ways=compiled --sizes="$small" "${short[@]}"
 step tune 90 python results/tune.py "${tune[@]}"
 step kernels 75 python bench.py kernels --sizes="$small" --tuned="$out/tune.json" "${short[@]}"
