@@ -37,7 +37,7 @@ class GPTConfig:
     embedding_std: Amount = 0.0  # of the initial token table; 0 is 1, or the LM head's where they are tied
     # scale vectors
     scale_vectors: bool = True  # False fixes every γ to 1
-    heterogeneous: bool = False  # HG: q, k, v, gate and up have a γ each
+    heterogeneous: bool = False  # HG: q, k, v, gate, up and the LM head have a γ each
     placement: Literal[PLACEMENTS] = "input"  # after is AP, dual DP, dual_norm DNP, norm our control
     attn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in attention, where it differs
     v_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of v, where it differs from that of q and k
