@@ -129,7 +129,7 @@ class Cell:
     settings: Settings
     content: list  # what else decides its loss: digests of data, initial weights and code
     params: int
-    flops: float  # 6 for each token and active parameter without the token table, as the paper counts
+    flops: float  # 6 per token and active parameter, without the token table, as the paper counts
     tuned_as: str  # the arm whose best rate it takes
 
     @cached_property

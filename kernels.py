@@ -623,7 +623,7 @@ def _swiglu_backward_kernel(dh, y, gamma, dy, dgamma, rows, steps, eps, DH_STRID
     Bytes per bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: keeping N(gate) and
     N(up) would cost the forward pass 4 more bytes, and memory.
     With γ, programs are few and long as in _rms_norm_backward_kernel. With three inputs and one sum per column,
-    registers are scarce. So γ is loaded again for each row, from the L1 cache; and the launch limits a thread to 128
+    registers are scarce. So γ is loaded again per row, from the L1 cache; and the launch limits a thread to 128
     registers, so that a processor's 65,536 suffice for the 16 warps that _programs counts on. Without the limit the
     compiler takes more, and some programs would wait until others end.
     """
@@ -726,7 +726,7 @@ activation = F.silu  # of gate; any other function here, such as F.gelu, takes t
 
 
 class _NormedSwiGLU(torch.autograd.Function):
-    # Written out for a CPU: autograd makes a pass over memory for each of some 20 operations and keeps five copies of
+    # Written out for a CPU: autograd makes some 20 passes over memory, one per operation, and keeps five copies of
     # the rows. This runs all of them on a block of rows that stays in the cache, and keeps y and the result.
     # torch.compile gets all rows at once and makes two loops of them.
 

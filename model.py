@@ -203,7 +203,7 @@ class GPT(nn.Module):
 
     def named_roles(self):
         """
-        Yield (name, parameter, role, decays) once for each parameter.
+        Yield (name, parameter, role, decays) of every parameter, once.
 
         role: 'matrix' (hidden weights: 2-D, or 3-D stacks of experts), 'embedding' (the token table and the LM head),
         'router', 'input' or 'output' (a scale vector's). A router's rows are classes, like the LM head's, so it is

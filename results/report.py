@@ -78,7 +78,7 @@ def statements(folder, paper):
 
 
 def fit_lines(folder):
-    """The paper's cost of a step, and its fits of loss over compute and ours, a line for each strategy."""
+    """The paper's cost of a step, and its fits of loss over compute and ours, one line per strategy."""
     paper = read_csv(HERE / "paper.csv")
     costs = ", ".join(f"{row['number']} {row['unit']}" for row in paper if row["figure"] == "table3")
     lines = [f"- table3, unified vs baseline. Paper: {costs} (1B, torch.compile). Ours: [bench](bench)."]

@@ -67,6 +67,8 @@ def step(dtype, config, *flags):
 def every_strategy(dtype):
     for path in sorted((ROOT / "config").glob("*.py")):
         step(dtype, path.stem)
+    step(dtype, "baseline", "--attn_placement=norm", "--v_placement=input")  # a norm without a vector on q and k
+    step(dtype, "unified", "--placement=norm")
     for name in ("baseline", "unified_free", "unified"):
         step(dtype, name, "--n_experts=4", "--expert_dim=341", "--shared_dim=341", "--expert_scales=own")
 

@@ -152,7 +152,7 @@ def test_decay_on_gamma_bounds_it_and_no_decay_does_not(lam=0.2, q=0.5, d=4, end
     assert all(value < 1.02 * bound(lam, end * i / steps, d) for i, value in enumerate(decayed))
     assert all(value <= 1.02 * bound(lam, end * i / steps, 0) for i, value in enumerate(w))
     assert free[steps // 4] > 20 and all(free[n] > 1.3 * free[n // 2] for n in (steps // 4, steps // 2, steps))
-    integral = (sum(w) - (w[0] + w[-1]) / 2) * end / steps  # Itô: γ² − w² grows by 2 λ w² alone, in expectation
+    integral = (sum(w) - (w[0] + w[-1]) / 2) * end / steps  # Itô: γ² − w² grows only by 2 λ w², in expectation
     assert free[-1] - w[-1] == pytest.approx(d + 2 * lam * integral, rel=0.03)
 
 

@@ -392,12 +392,12 @@ def test_quickstart_and_baseline_are_the_defaults():
         assert configure(Settings, [str(ROOT / name)])[0] == Settings()
 
 
-def test_no_two_config_files_are_the_same_but_baseline_and_wd_all():
+def test_no_two_config_files_are_the_same_but_the_defaults():
     seen = {}
     for path in CONFIGS:
         seen.setdefault(str(configure(Settings, [str(path)])[0]), []).append(path.stem)
     assert sorted(map(sorted, (names for names in seen.values() if len(names) > 1))) == [
-        ["baseline", "quickstart", "wd_all"]]
+        ["baseline", "quickstart"]]
 
 
 def test_the_whole_command_in_a_pipe(settings, corpus, tmp_path):

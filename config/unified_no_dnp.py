@@ -1,4 +1,0 @@
-# unified without DNP.
-heterogeneous = True
-reparam = "or"
-scale_decay = "input"

@@ -1,4 +1,0 @@
-# unified without HG.
-placement = "dual_norm"
-reparam = "or"
-scale_decay = "input"

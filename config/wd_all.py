@@ -1,2 +1,0 @@
-# Weight decay on every γ: the default.
-scale_decay = "all"

@@ -1,2 +1,0 @@
-# Weight decay only on γ with the output role: IWD's opposite.
-scale_decay = "output"
