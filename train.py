@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from configurator import ConfigError, from_command_line, read_json, refuse, unheard
+from configurator import ConfigError, from_command_line, refuse, unheard
 from settings import FREE_ON_RESUME, Settings, batch_plan, gpt_config
 
 if __name__ == "__main__":
@@ -23,7 +23,6 @@ if __name__ == "__main__":
     settings, config_files = from_command_line(Settings, __doc__)
 
 import contextlib
-import json
 import math
 import os
 import shlex
@@ -35,13 +34,11 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import kernels
 from data.tokens import Tokens, data_folder, load_tokenizer, vocabulary
 from devices import (
     compare_ranks,
-    device_name,
     peak_flops,
     peak_memory_mb,
     pick_device,
@@ -52,20 +49,17 @@ from devices import (
 from hf import adopt, load, read_tensors
 from model import GPT
 from moe import balance_routers, take_router_statistics
-from norms import ScaleVector
 from optim import expected_state, gather_state, load_state, lr_at, make_optimizers, param_groups, set_lr
+from runlog import RunLog, tokens_per_second
 from runs import (
-    CSVLog,
     check_tensors,
     claim_out_dir,
     code_hash,
     differing,
-    git_commit,
     load_checkpoint,
     run_folder,
     save_checkpoint,
     versions,
-    write_whole,
 )
 
 
@@ -171,121 +165,6 @@ def noted_signals():
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# the log
-
-LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "skipped", "tokens_per_second"]
-EXPERT_COLUMNS = ["step", "layer", "load_max", "idle", "entropy"]
-SCALE_COLUMNS = ["step", "name", "role", "mean", "std", "min", "max", "norm", "cosine"]
-
-
-@torch.no_grad()
-def scale_statistics(model, step):
-    """One row per effective γ. cosine: between γ and its initial value, all ones."""
-    rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, ScaleVector):
-            gamma = module().cpu().double()
-            for e, g in enumerate(gamma.view(-1, module.n)):  # one per expert, if they are stacked
-                norm = torch.linalg.vector_norm(g)
-                cosine = g.sum() / (norm * math.sqrt(g.numel()))
-                values = torch.stack((g.mean(), g.std(correction=0), g.min(), g.max(), norm, cosine)).tolist()
-                row = [step, f"{name}.{e}" if module.stack else name, module.role, *(f"{v:.9g}" for v in values)]
-                rows.append(dict(zip(SCALE_COLUMNS, row)))
-    return rows
-
-
-def expert_statistics(load, entropy, step):
-    """
-    One row per layer: largest over mean load, number of experts without a token, entropy of the router in nats.
-
-    load: (n_layer, E) int64. entropy: (n_layer,). Both cover the whole step.
-    """
-    load = load.cpu().double()
-    values = zip((load.amax(1) / load.mean(1)).tolist(), (load == 0).sum(1).tolist(), entropy.tolist())
-    return [dict(zip(EXPERT_COLUMNS, [step, layer, f"{most:.6g}", idle, f"{h:.6g}"]))
-            for layer, (most, idle, h) in enumerate(values)]
-
-
-class RunLog:
-    """What a run writes and shows while it trains: config.json, the CSV files, and lines or a progress bar."""
-
-    def __init__(self, s, out, step, counts, device, world):
-        self.wandb = start_wandb(s, out) if s.wandb else None  # first, since it may be refused
-        describe_run(s, out, step, {"device": device_name(device), "processes": world, **counts})
-        self.s, self.first_step, self.logged = s, step, 0
-        self.rows = CSVLog(out / "log.csv", LOG_COLUMNS, step)
-        self.scales = CSVLog(out / "scales.csv", SCALE_COLUMNS, step)
-        self.experts = CSVLog(out / "experts.csv", EXPERT_COLUMNS, step) if s.n_experts else None
-        self.bar = tqdm(total=s.max_steps, initial=step, disable=not sys.stderr.isatty(), unit="step",
-                        dynamic_ncols=True)
-
-    def write(self, step, row, skipped, routed, seconds, model):
-        """
-        A row of log.csv, with scales.csv where row has a val_loss, and a line.
-
-        row: what is known of the step, by column. routed: settle_routers' result. seconds: of each step so far.
-        """
-        rate = tokens_per_second(seconds[self.logged:], self.s)
-        self.logged = len(seconds)
-        row = {**row, "step": step, "tokens": step * self.s.batch_tokens, "skipped": skipped,
-               "tokens_per_second": f"{rate:.0f}"}
-        if "val_loss" in row:
-            self.scales.write(*scale_statistics(model, step))
-        self.rows.write({name: row.get(name, "") for name in LOG_COLUMNS})
-        if self.wandb:
-            self.wandb.log({name: float(value) for name, value in row.items()}, step=step)
-        shown = {name: float(row[name]) for name in ("train_loss", "val_loss") if name in row}
-        if routed:
-            layers = expert_statistics(*routed, step)
-            self.experts.write(*layers)
-            shown["load_max"] = max(float(layer["load_max"]) for layer in layers)
-            shown["idle"] = sum(layer["idle"] for layer in layers)
-        if skipped:
-            shown["skipped"] = skipped
-        shown = {name: f"{value:.5g}" for name, value in shown.items()}
-        self.bar.set_postfix(shown, refresh=False)
-        if self.bar.disable or "val_loss" in row:
-            self.bar.write(f"step {step:6d}  " + "".join(f"{name} {value}  " for name, value in shown.items())
-                           + (f"{rate:,.0f} tokens/s" if rate else ""))
-
-    def close(self):
-        self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(s, out):
-    """A run of Weights & Biases, named after out_dir. Raises ConfigError where that cannot be."""
-    try:
-        import wandb
-        return wandb.init(project=s.wandb, name=out.name, dir=out, config=asdict(s))
-    except Exception as e:  # not installed, not logged in, not reachable
-        raise ConfigError(f"--wandb={s.wandb}: {e}. Leave it out, or set WANDB_MODE=offline") from None
-
-
-def describe_run(s, out, step, facts):
-    """Write config.json: the settings, versions and facts, and the commit of the start and of each resumption."""
-    commit, resumed = git_commit(), []
-    if step:
-        if missing := [name for name in ("config.json", "log.csv", "scales.csv") if not (out / name).exists()]:
-            print(f"{' and '.join(missing)} of the first {step} steps are missing from {s.out_dir}")
-        before = read_json(out / "config.json") if "config.json" not in missing else {}
-        resumed = before["resumed"] if isinstance(before.get("resumed"), list) else []
-        last = resumed[-1] if resumed and isinstance(resumed[-1], dict) else before
-        if last.get("git_commit", commit) != commit:
-            print(f"the code has changed since step {step}: it was {last['git_commit']}, and is {commit}")
-        resumed.append({"step": step, "git_commit": commit})
-        commit = before.get("git_commit", "unknown")
-    write_whole(out / "config.json", json.dumps({"settings": asdict(s), "versions": versions(), "git_commit": commit,
-                                                 "resumed": resumed, **facts}, indent=1))
-
-
-def tokens_per_second(seconds, s):
-    """Of the steps that took so many seconds each; 0 where there are none."""
-    return len(seconds) * s.batch_tokens / sum(seconds) if seconds else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from conftest import snapshot
 import configurator
 import train
 from configurator import ConfigError
+from runlog import LOG_COLUMNS
 from runs import CSVLog, load_checkpoint
-from train import LOG_COLUMNS, main
+from train import main
 
 
 def test_killed_runs_end_as_an_undisturbed_one(tmp_path):

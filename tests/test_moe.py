@@ -12,6 +12,7 @@ from paper import as_written
 from test_ddp import flags, furthest, losses, torchrun
 from test_model import shake, tokens
 
+import runlog
 import train
 from configurator import configure
 from kernels import rms_norm
@@ -391,7 +392,7 @@ def test_statistics_count_what_trains_and_nothing_else():
     assert load.sum(1).tolist() == [2 * 36 * 2] * 2 and load.dtype == torch.int64
     assert (entropy / 2 < torch.tensor(5.0).log()).all() and (entropy / 2 > 1).all()
     assert take_router_statistics(model)[0].sum() == 0
-    assert train.expert_statistics(torch.tensor([[6, 0, 0]]), torch.tensor([0.5]), 7) == [
+    assert runlog.expert_statistics(torch.tensor([[6, 0, 0]]), torch.tensor([0.5]), 7) == [
         dict(step=7, layer=0, load_max="3", idle=2, entropy="0.5")]
 
 

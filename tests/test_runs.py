@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import snapshot
 
+import runlog
 import runs
 import train
 from configurator import ConfigError
@@ -329,10 +330,10 @@ def test_expected_state_is_what_a_step_leaves(settings, kw):
 
 def test_a_resumed_run_says_what_is_not_as_it_was(settings, monkeypatch, capsys):
     """Other code, or a log that is gone: both commits stay in config.json."""
-    monkeypatch.setattr(train, "git_commit", lambda: "first")
+    monkeypatch.setattr(runlog, "git_commit", lambda: "first")
     main(settings())
     folder = Path(settings().out_dir)
-    monkeypatch.setattr(train, "git_commit", lambda: "second")
+    monkeypatch.setattr(runlog, "git_commit", lambda: "second")
     (folder / "log.csv").unlink()
     capsys.readouterr()
     main(settings(resume=True, max_steps=10))

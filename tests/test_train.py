@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, snapshot
 
+import runlog
 import train
 from configurator import ConfigError, configure
 from data.tokens import BinWriter, load_tokenizer, write_meta
@@ -144,7 +145,7 @@ def test_wandb_gets_the_rows_of_the_log(settings, monkeypatch):
     assert started[0]["project"] == "gammas" and started[0]["config"]["n_embd"] == 16 and finished
     assert {step: row["train_loss"] for step, row in rows.items() if step} == {
         step: float(loss) for step, loss in log(settings()).items()}
-    assert set(rows[4]) == set(train.LOG_COLUMNS)
+    assert set(rows[4]) == set(runlog.LOG_COLUMNS)
 
 
 def test_wandb_that_is_not_installed_is_refused_before_anything_is_written(settings, monkeypatch):
