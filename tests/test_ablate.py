@@ -117,7 +117,7 @@ def test_other_code_makes_other_cells_and_other_words_do_not(file, tmp_path, mon
 
 def test_all_that_a_run_imports_is_part_of_its_name_or_decides_no_loss():
     # values of settings are in the name; where a run is and what it leaves is not its loss; hf.py counts with init_from
-    no_loss = {"configurator.py", "settings.py", "devices.py", "runs.py", "hf.py"}
+    no_loss = {"configurator.py", "settings.py", "devices.py", "runs.py", "runlog.py", "hf.py"}
     todo, found = ["train.py"], set()
     while todo:
         found.add(name := todo.pop())
