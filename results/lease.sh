@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The experiments that need a GPU, each one command that can be repeated until it is done:
 #
-#     bash results/lease.sh small --minutes=8    # 0.86M parameters: figure5 by the paper's protocol, then the primary
+#     bash results/lease.sh small --minutes=8    # 0.86M parameters: the primary, then figure5 by the paper's protocol
+#     bash results/lease.sh lab --minutes=4      # figure5 and head at the lab size
 #     bash results/lease.sh large --minutes=9    # 10M parameters, all Python source of the machine, one epoch at most
 #
-# 16 cells run at a time and share the GPU by NVIDIA's MPS, each with CUDA graphs. When the time is over, finished cells
+# 16 cells run at a time and share the GPU by NVIDIA's MPS, each with CUDA graphs, in fp32 with TF32 products. When the time is over, finished cells
 # are in results/SUITE_0.86M or results/large; commit them, and the same command continues from there in another lease.
 # --out=FOLDER puts those folders elsewhere (first copy there what results/ has of them). --tiny tries it all on a CPU.
 set -u
@@ -19,8 +20,8 @@ for flag in "${@:2}"; do
     *) echo "lease.sh: unknown flag $flag; there are --minutes=, --out= and --tiny" >&2; exit 2 ;;
   esac
 done
-end=$((SECONDS + 60 * minutes)) failed=0
-export TORCHINDUCTOR_CUDAGRAPHS=1
+end=$((SECONDS + $(python -c "print(int(60 * $minutes))"))) failed=0
+export TORCHINDUCTOR_CUDAGRAPHS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
 if command -v nvidia-cuda-mps-control > /dev/null; then
   export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
   mkdir -p /tmp/mps && nvidia-cuda-mps-control -d
@@ -37,8 +38,12 @@ case $what in
     # 4 layers of width 128, 852,608 parameters, 20 tokens per parameter; all else is the lab size's
     shape=(config/size/lab.py --n_layer=4 --n_head=4 --n_embd=128 --max_steps=8326 --eval_interval=4163
            --dtype=float32 --compile=True --lrs=2e-3,4e-3,8e-3,16e-3)
-    suite figure5_0.86M figure5 "${shape[@]}" --tune=reference --seeds=11,12,13,14,15 "${tiny[@]}"
-    suite primary_0.86M primary "${shape[@]}" --seeds=11,12,13,14,15,16,17,18 "${tiny[@]}" ;;
+    suite primary_0.86M primary "${shape[@]}" --seeds=11,12,13,14,15,16,17,18 "${tiny[@]}"
+    suite figure5_0.86M figure5 "${shape[@]}" --tune=reference --seeds=11,12,13,14,15 "${tiny[@]}" ;;
+  lab)
+    shape=(config/size/lab.py --dtype=float32 --compile=True --lrs=4e-3,8e-3,16e-3,32e-3 --tune=reference)
+    suite figure5 figure5 "${shape[@]}" --seeds=1,2,3,4,5 "${tiny[@]}"
+    suite head head "${shape[@]}" --seeds=1,2,3,4,5 "${tiny[@]}" ;;
   large)
     # 12 layers of width 256. The rate of each arm is its best one at 0.86M times 128/256, the ratio of the widths; light
     # takes unified's. 20 tokens per parameter, or one epoch if the corpus has fewer.
@@ -62,6 +67,6 @@ print(min(20 * 9_568_512, Tokens(data_folder('$data'), 'train', 512, 256).n_toke
       --n_layer=12 --n_head=4 --n_embd=256 --vocab_size=256 --block_size=512 --batch_tokens=16384 --micro_batch=32 \
       --max_steps="$steps" --warmup_steps=200 --eval_interval=$((steps / 4 + 1)) --eval_tokens=4194304 \
       --save_interval=1000000 --compile=True --seeds=11,12,13 "${tiny[@]}" ;;
-  *) echo "lease.sh: say small or large" >&2; exit 2 ;;
+  *) echo "lease.sh: say small, lab or large" >&2; exit 2 ;;
 esac
 exit $failed
