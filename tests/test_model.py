@@ -10,13 +10,14 @@ from conftest import ROOT
 from paper import as_written
 
 from configurator import configure
-from kernels import apply_rope
+from kernels import apply_rope, backend
 from model import GPT, rope_tables
 from norms import ScaleVector
 from settings import FORMS, PLACEMENTS, GPTConfig, Settings, gpt_config
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, ffn_dim=20, vocab_size=31, block_size=12, init_std=0.02,
             embedding_std=0.02)
+UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or")
 VARIANTS = list(itertools.product(("llama", "gemma"), FORMS, PLACEMENTS, (False, True)))
 
 
@@ -41,10 +42,11 @@ def shake(model, seed=1):
     return model
 
 
-def loss_and_gradients(model):
+def loss_and_gradients(model, run=None):
+    """run: what is called instead of the model itself, such as its compiled form."""
     model.zero_grad(set_to_none=True)
     x, y = tokens()
-    loss = model(x, y)[1]
+    loss = (model if run is None else run)(x, y)[1]
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
@@ -110,6 +112,15 @@ def test_the_gram_matrix_rounds_no_worse_than_a_norm_of_the_logits(dtype):
     assert ours[0].dtype == getattr(torch, dtype)
     for o, w, e in zip(ours, written, logits_and_gradients(exact)):
         assert (o.double() - e).norm() <= 2 * (w.double() - e).norm() + 1e-3 * e.norm()
+
+
+@pytest.mark.parametrize("kw", [dict(), UNIFIED], ids=["baseline", "unified"])
+def test_torch_compile_changes_neither_the_loss_nor_a_gradient(kw):
+    model = shake(tiny(n_layer=1, vocab_size=128, init_std=0.0, embedding_std=0.0, **kw))
+    torch._dynamo.reset()
+    with backend("torch"):
+        compiled = loss_and_gradients(model, torch.compile(model, backend="aot_eager"))
+        torch.testing.assert_close(compiled, loss_and_gradients(model), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("placement,kw,head", [
