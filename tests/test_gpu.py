@@ -6,16 +6,32 @@ from pathlib import Path
 
 import faults
 import pytest
+import test_model
 import torch
 from conftest import ROOT
 from test_kernels import gamma, norm, our_swiglu, outputs_and_grads
 from test_kernels_gemm import our_heads, tables
 from test_train import UNIFIED, equal, log, stop_at, weights
 
+from kernels import backend
 from train import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GPU = dict(device="cuda", dtype="bfloat16", compile=True)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-4), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("kw", [dict(), test_model.UNIFIED], ids=["baseline", "unified"])
+def test_compiled_gradients_are_those_of_plain_pytorch_in_fp64(kw, dtype, tolerance):
+    exact, ours = (test_model.shake(test_model.tiny(n_layer=1, vocab_size=128, init_std=0.0, embedding_std=0.0,
+                                                    dtype=name, **kw)).cuda() for name in ("float64", dtype))
+    with backend("torch"):
+        loss, gradients = test_model.loss_and_gradients(exact.double())
+    our_loss, our_gradients = test_model.loss_and_gradients(ours, torch.compile(ours))
+    assert abs(our_loss - loss) < tolerance * loss
+    floor = 0.1 * torch.stack([g.norm() for g in gradients.values()]).norm()  # that of v's β is 0
+    for name, g in gradients.items():
+        assert (our_gradients[name] - g).norm() < tolerance * (g.norm() + floor), name
 
 
 def test_bf16_compiled_follows_fp32(settings, tmp_path):

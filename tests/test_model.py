@@ -45,7 +45,7 @@ def shake(model, seed=1):
 def loss_and_gradients(model, run=None):
     """run: what is called instead of the model itself, such as its compiled form."""
     model.zero_grad(set_to_none=True)
-    x, y = tokens()
+    x, y = (t.to(model.wte.device) for t in tokens())
     loss = (model if run is None else run)(x, y)[1]
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
