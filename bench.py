@@ -39,10 +39,11 @@ def arguments(args=None):
     add("--sizes", default="", help="names in config/size, or files, separated by commas; default: llama_0.12b on a "
         "GPU, quickstart on a CPU")
     add("--rounds", default=0, type=int, help="in each, every arm has a turn; default: 30 on a GPU, 60 on a CPU")
-    add("--block", default=0, type=int, help="steps of an arm per turn; default: 20 on a GPU, 1 on a CPU")
+    add("--block", default=0, type=int, help="steps of an arm per turn; default: 10 on a GPU, 1 on a CPU")
     add("--seconds", default=0.0, type=float, help="leave out arms and rounds to end in so many; default: no limit")
     add("--micro_batch", default=0, type=int, help="sequences per step; default: the size's")
-    add("--tokens", default=0, type=int, help="for kernels; default: 16384 on a GPU, 2048 on a CPU")
+    add("--tokens", default=0, type=int, help="for kernels; default: 65536 on a GPU (too many for its cache), 2048 on a "
+        "CPU")
     add("--tuned", type=Path, help="for kernels: a file of results/tune.py, whose constants are used")
     add("--nanogpt", type=Path, help="for peers: a clone of github.com/karpathy/nanoGPT")
     add("--out", default=HERE / "results" / "bench", type=Path, help="where the tables go; default: results/bench")
@@ -351,7 +352,7 @@ def bench_overhead(size, a):
     began, arms, shared, late = time.monotonic(), {}, {}, []
     todo = list(itertools.product(a.strategies, a.ways))
     for name, way in tqdm(todo, desc=f"{size}: building", leave=False, disable=None):
-        if name != a.strategies[0] and time.monotonic() > began + 0.6 * (a.until - began):
+        if name != a.strategies[0] and time.monotonic() > began + 0.7 * (a.until - began):
             late.append(f"{name} ({way})")
         else:
             arms[way, name] = make_arm(size, name, a, way, shared)
@@ -478,8 +479,8 @@ def prepare(a, command):
 def main(a, command):
     prepare(a, ["bench.py", *command])
     cuda = a.device.type == "cuda"
-    a.rounds, a.block = a.rounds or (30 if cuda else 60), a.block or (20 if cuda else 1)
-    a.tokens = a.tokens or (16384 if cuda else 2048)
+    a.rounds, a.block = a.rounds or (30 if cuda else 60), a.block or (10 if cuda else 1)
+    a.tokens = a.tokens or (65536 if cuda else 2048)
     a.strategies, a.ways = (a.strategies or STRATEGIES.get(a.what, "")).split(","), a.ways.split(",")
     for size in (a.sizes or ("llama_0.12b" if cuda else "quickstart")).split(","):
         VERBS[a.what](size, a)

@@ -3,9 +3,19 @@
 #
 #     bash bench.sh --minutes=12 --out=results/bench
 #
-# Every step has a time limit of its own and writes its tables as it goes. A step that fails costs no other one. Started
-# again with the same --out, it goes on with the steps that are not done. --tiny runs all steps at sizes for a CPU: try
-# that first, since a GPU is expensive. --nanogpt=PATH compares with a clone of nanoGPT, too.
+#     gpu_tests                    are the results right on this GPU?
+#     overhead                     what does each strategy add to a step's time and memory?
+#     profile_unified, _baseline   where does the time of a step go?
+#     step                         would CUDA graphs, cuDNN's attention or not waiting for the loss speed up a step?
+#     tune                         which constants make rms_norm's kernels fastest?
+#     kernels                      how fast is each kernel, with these constants, next to a copy and to torch.compile?
+#     peers                        is a step as fast as Hugging Face's Llama and nanoGPT (--nanogpt=PATH, a clone)?
+#     overhead_large, _moe         what do the strategies add at 1B, and in a mixture of experts?
+#     kernels_large                how fast are the kernels at the widths of 1B?
+#
+# Each step has a time limit and writes its tables as it goes; if it fails, the others still run. Started again with the
+# same --out, the script continues with the steps that are not done. --tiny runs all of them at sizes for a CPU: try that
+# first, since a GPU is expensive.
 cd "$(dirname "$0")" || exit
 minutes=15 out=results/bench tiny= peers=()
 for flag; do
@@ -21,17 +31,17 @@ done
 end=$((SECONDS + 60 * minutes)) failed=
 mkdir -p "$out"
 
-step() {  # step NAME SECONDS COMMAND…
+step() {  # step NAME SECONDS what python is given…
   local name=$1 limit=$2 left=$((end - SECONDS))
   shift 2
   if grep -qsx "$name" "$out/steps_done"; then echo "== $name: done before"; return; fi
   if ((left < limit)); then limit=$left; fi
   if ((limit < 20)); then echo "== $name: no time left"; return; fi
   echo "== $name, at most $limit s"
-  # bench.py and tune.py know how long they may take; what does not listen is stopped
+  # our scripts know how long they may take, and stop by themselves; timeout stops the rest
   local budget=()
-  [[ $1 == python && $2 != -m ]] && budget=(--seconds=$((limit * 8 / 10)) --out="$out")
-  if timeout --kill-after=5 "$limit" "$@" "${budget[@]}"; then
+  [[ $1 == *.py ]] && budget=(--seconds=$((limit * 8 / 10)) --out="$out")
+  if timeout --kill-after=5 "$limit" python "$@" "${budget[@]}"; then
     echo "$name" >> "$out/steps_done"
   else
     echo "== $name: failed or out of time, exit code $?"; failed+=" $name"
@@ -48,14 +58,19 @@ else
 fi
 few="baseline,unified,unified --head_placement=input"
 
-step gpu_tests 60 python -m pytest -o addopts= -q -x -rs tests/test_gpu.py
-step overhead 240 python bench.py overhead --ways=compiled --sizes="$small" "${short[@]}"
-step tune 90 python results/tune.py "${tune[@]}"
-step kernels 75 python bench.py kernels --sizes="$small" --tuned="$out/tune.json" "${short[@]}"
-step peers 90 python bench.py peers --ways=compiled --sizes="$small" "${short[@]}" "${peers[@]}"
-step overhead_large 100 python bench.py overhead --ways=compiled --sizes="$large" --strategies="$few" "${short[@]}"
-step overhead_moe 100 python bench.py overhead --ways=compiled --sizes="$mixture" --strategies="$few" "${short[@]}"
-step profile 60 python bench.py profile --ways=compiled --sizes="$small" --strategies=unified
-step kernels_large 60 python bench.py kernels --sizes="$large" --tuned="$out/tune.json" "${short[@]}"
+# An arm takes 10 to 20 s to build, most of it in torch.compile; overhead has nine.
+step gpu_tests 120 -m pytest -o addopts= -q -x -rs tests/test_gpu.py
+step overhead 220 bench.py overhead --ways=compiled --sizes="$small" "${short[@]}"
+for strategy in unified baseline; do
+  step profile_$strategy 45 bench.py profile --ways=compiled --sizes="$small" --strategies=$strategy
+done
+step step 60 results/step.py --sizes="$small" "${short[@]}"
+step tune 90 results/tune.py "${tune[@]}"
+tuned=() && [[ -f $out/tune.json ]] && tuned=(--tuned="$out/tune.json")
+step kernels 50 bench.py kernels --sizes="$small" "${tuned[@]}" "${short[@]}"
+step peers 90 bench.py peers --ways=compiled --sizes="$small" "${short[@]}" "${peers[@]}"
+step overhead_large 100 bench.py overhead --ways=compiled --sizes="$large" --strategies="$few" "${short[@]}"
+step overhead_moe 100 bench.py overhead --ways=compiled --sizes="$mixture" --strategies="$few" "${short[@]}"
+step kernels_large 50 bench.py kernels --sizes="$large" "${tuned[@]}" "${short[@]}"
 
 [[ -z $failed ]] || { echo "== not done:$failed" >&2; exit 1; }

@@ -18,8 +18,10 @@ from configurator import ConfigError
 from devices import step_memory
 
 sys.path.insert(0, str(ROOT / "results"))
+import step
 import tune
 
+SCRIPTS = {"bench.py": bench, "results/step.py": step, "results/tune.py": tune}
 CPU = torch.device("cpu")
 
 
@@ -105,8 +107,9 @@ def run(toy, tmp_path, monkeypatch, ceilings):
     torch._dynamo.utils.counters.clear()
 
     def run(*words):
-        words = [*words, f"--out={tmp_path / 'out'}", *([] if words[0] == "tune" else [f"--sizes={toy}", "--rounds=3"])]
-        script, words = (tune, words[1:]) if words[0] == "tune" else (bench, words)
+        script = SCRIPTS.get(words[0], bench)
+        words = [*words[script is not bench:], f"--out={tmp_path / 'out'}", "--rounds=3"]
+        words += [] if script is tune else [f"--sizes={toy}"]
         script.main(script.arguments(words), words)
         return tmp_path / "out"
     yield run
@@ -172,12 +175,32 @@ def test_tune_takes_the_fastest_constants(run, ceilings, monkeypatch):
     before = kernels._rms_norm_constants
     monkeypatch.setattr(kernels, "_rms_norm_constants", constants)
     monkeypatch.setattr(ceilings, "seconds", lambda f: (f(), 2.0 - (used.rows == 4) - used.stages / 10)[1])
-    folder = run("tune", "--widths=128", "--elements=1024", "--rounds=1")
+    folder = run("results/tune.py", "--widths=128", "--elements=1024")
     rows, below = table(folder, "tune")
     found = json.loads((folder / "tune.json").read_text(encoding="utf-8"))
     assert [row["part"] for row in rows] == ["forward", "backward", "backward γ"]
     assert all(found[f"{part} 128"]["rows"] == 4 for part in ("forward", "backward", "backward γ"))
     assert found["backward γ 128"]["stages"] == 3 and "evict" not in found["backward γ 128"]
+
+
+def test_step_compares_the_ways_to_make_a_step(run):
+    rows, below = table(run("results/step.py", "--block=2"), "step_toy")
+    assert [row["what"] for row in rows] == ["as train.py has it", "no wait", "linear and cross-entropy, compiled"]
+    assert rows[0]["time"] == rows[2]["time"] == "1.000 (1.000–1.000)" and all(float(row["ms"]) >= 0 for row in rows)
+    assert "3 rounds" in below and "python results/step.py --block=2" in below
+
+
+def test_a_step_without_waiting_computes_the_same_gradients(toy, monkeypatch):
+    a = SimpleNamespace(device=CPU, dtype="float32", micro_batch=0)
+    arm = bench.make_arm(toy, "baseline", a, "eager", shared := {})
+    monkeypatch.setattr(arm.optimizers[0], "zero_grad", lambda **kw: None)
+    gradients = []
+    for other in (arm, step.NoWait(arm.model, arm.loss, arm.optimizers, shared["batches"])):
+        other.batches = iter(shared["batches"])
+        arm.model.zero_grad()
+        other.step()
+        gradients.append([p.grad for p in arm.model.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_overhead(run):
@@ -332,8 +355,9 @@ def plan(tmp_path):
 def test_the_plan_goes_on_after_a_failure_and_resumes(plan):
     code, said, all_steps = plan(fails="*overhead*")
     assert code == 1 and "not done: overhead overhead_large overhead_moe" in said
-    assert [words[:2] for words in all_steps[:3]] == [["-m", "pytest"], ["bench.py", "overhead"], ["results/tune.py",
-                                                                                                 "--seconds=72"]]
+    assert [words[0] for words in all_steps] == ["-m", *["bench.py"] * 3, *["results/step.py", "results/tune.py"],
+                                                 *["bench.py"] * 5]
+    assert ["--seconds=176" in words for words in all_steps] == [i == 1 for i in range(11)]
     code, said, rest = plan()
     assert code == 0 and rest == [words for words in all_steps if "overhead" in words] and "tune: done before" in said
     assert plan("--minutes=0.5")[0] == plan("--minute=5")[0] == 2
@@ -341,22 +365,23 @@ def test_the_plan_goes_on_after_a_failure_and_resumes(plan):
 
 def test_the_plan_stops_in_time(plan):
     code, said, steps = plan("--minutes=0")
-    assert code == 0 and not steps and said.count("no time left") == 9
+    assert code == 0 and not steps and said.count("no time left") == 11
 
 
 def test_every_step_of_the_plan_runs(plan, run, monkeypatch, tmp_path):
-    """With tiny sizes, in this process, since nine imports of torch would take half a minute."""
+    """With tiny sizes, in this process, since a dozen imports of torch would take half a minute."""
     if not kernels.INTERPRETED:
         pytest.skip("needs the interpreter")
     pytest.importorskip("transformers", reason="compares with transformers' Llama")
     monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tune.json").write_text("{}")
     _, said, ((*_, tests), *steps) = plan("--tiny")
-    assert (ROOT / tests).exists() and len(steps) == 8, said
+    assert (ROOT / tests).exists() and len(steps) == 10, said
     for script, *words in steps:
-        script = {"bench.py": bench, "results/tune.py": tune}[script]
-        script.main(script.arguments(words), words)
+        SCRIPTS[script].main(SCRIPTS[script].arguments(words), words)
     tables = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").glob("*.md")}
-    assert tables.keys() == {"kernels_tiny.md", "overhead_tiny_compiled.md", "peers_tiny.md", "tune.md",
-                             "profile_tiny_unified_compiled.md"}
+    assert tables.keys() == {"kernels_tiny.md", "overhead_tiny_compiled.md", "peers_tiny.md", "step_tiny.md", "tune.md",
+                             "profile_tiny_unified_compiled.md", "profile_tiny_baseline_compiled.md"}
     profile = tables["profile_tiny_unified_compiled.md"]
     assert profile.count("```") == 2 and "aten::mm" in profile and "Without the profiler one takes" in profile
