@@ -190,7 +190,7 @@ def step_memory(model, s, dtype, compiled, micro, persistent=False):
     if not compiled:  # attention's output again, in another order; silu(gate), if no kernel of ours makes it
         width += q + (0 if gate_up.normed else hidden)
     # logits and their gradient; without torch.compile three such in fp32, and twice that if they are normed themselves
-    head = b + 4 if compiled else 24 if model.lm_head.normed and not model.lm_head.gram_pays else 12
+    head = 2 * b if compiled else 24 if model.lm_head.normed and not model.lm_head.gram_pays else 12
     # the folded weights; a u on a fold keeps W ⊙ v for its gradient, and the head's Gram matrix another copy of it
     folded = params
     if not compiled:

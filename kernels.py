@@ -175,7 +175,11 @@ class _RMSNorm(torch.autograd.Function):
         x_ = x.to(_statistics_dtype(x))
         r = torch.linalg.vector_norm(x_, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
         y = x_ * r
-        return (y if gamma is None else y.mul_(gamma)).to(x.dtype)
+        if gamma is not None:
+            y.mul_(gamma)
+        # a view, since torch 2.11 compiles a wrong gradient where the result is what an operation in place, or a cast
+        # to the dtype that it has already, returned
+        return y.to(x.dtype).view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
@@ -570,7 +574,7 @@ def qk_norm_rope(y, cos, sin, n_head, n_kv_head, eps=0.0, normed=(), gammas=(Non
     Returns q (B, T, n_head, d_head), k and v (B, T, n_kv_head, d_head).
     """
     d, normed = 2 * cos.size(-1), "".join(normed)
-    if _use_triton(y, left_to_compile=not normed) and normed in ("", "qk", "qkv") and (not normed or group == d):
+    if _use_triton(y) and normed in ("", "qk", "qkv") and (not normed or group == d):
         # γ as one number per channel of each head. If heads share it, autograd sums its gradient over them.
         gamma = None
         if normed and any(g is not None for g in gammas):

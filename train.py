@@ -295,7 +295,8 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
     if ckpt:
         step, skipped = restore(ckpt, out / "ckpt.pt", raw_model, optimizers, scaler)
         first_step, ckpt = step, None  # lets go of the file
-    ddp_model = model = torch.compile(raw_model) if machine.compile else raw_model
+    # not dynamic: the last batch of an evaluation may be smaller, after which even training would get a graph for any size
+    ddp_model = model = torch.compile(raw_model, dynamic=False) if machine.compile else raw_model
     if distributed:
         ddp_model = data_parallel(model, device)
     counts, log = raw_model.counts(), None

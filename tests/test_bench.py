@@ -266,7 +266,8 @@ def test_the_estimate_of_a_steps_memory_on_a_gpu():
     with torch.device("meta"):
         model = bench.GPT(bench.gpt_config(s, "bfloat16"))
     parts = step_memory(model, s, "bfloat16", True, 32)
-    assert sum(parts.values()) / 2**20 == pytest.approx(15672, rel=0.05)  # measured on an H200, compiled
+    # an H200 took 15,672 MB, compiled, when the logits still had a gradient of zeros, 3,144 MB
+    assert sum(parts.values()) / 2**20 == pytest.approx(15672 - 3144, rel=0.05)
     sharded = step_memory(model, s, "bfloat16", True, 32, persistent=True)
     assert sharded["gradients"] == parts["weights"] == parts["optimizer"] / 2 == 4 * model.counts()["params"]
 

@@ -306,9 +306,10 @@ def everything(x, residual, g, y):
     return a.square().sum() + b.pow(3).sum() + swiglu(y, 10, EPS, True, g[:10]).square().sum()
 
 
-def test_compiled_without_graph_breaks_is_eager():
+@pytest.mark.parametrize("way", ["triton", "torch"])
+def test_compiled_without_graph_breaks_is_eager(way):
     inputs = [t.requires_grad_() for t in (randn(3, 12), randn(3, 12), gamma(12), randn(3, 24))]
-    with backend("triton"):
+    with backend(way):
         eager = everything(*inputs)
         compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")(*inputs)
         assert torch.equal(eager, compiled)
@@ -336,7 +337,7 @@ def test_a_model_with_kernels_is_the_model_without(name, flags, launched):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_torch_compile_gets_the_norm_and_the_plain_rope_unless_triton_is_asked_for(monkeypatch):
+def test_torch_compile_gets_the_plain_norm_unless_triton_is_asked_for(monkeypatch):
     x = SimpleNamespace(dtype=torch.float32, is_cuda=True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels._use_triton(x) and not kernels._use_triton(x, left_to_compile=True)

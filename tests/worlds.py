@@ -48,7 +48,7 @@ def graphs(s, megabytes):
     def backend(module, inputs):
         seen.extend([module] * torch.is_grad_enabled())
         return module.forward
-    torch.compile = lambda model: compile_(model, backend=backend)
+    torch.compile = lambda model, **kw: compile_(model, backend=backend, **kw)
     train.DistributedDataParallel = lambda *a, **kw: ddp(*a, **kw, bucket_cap_mb=megabytes)
     try:
         train.main(s)
