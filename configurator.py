@@ -14,7 +14,9 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
+import traceback
 from ast import literal_eval
 from dataclasses import fields
 from inspect import getsource, ismodule
@@ -87,11 +89,8 @@ def read_file(path, hints):
     try:
         exec(compile(source, path, "exec"), namespace)
     except (Exception, SystemExit) as e:  # whatever goes wrong in the file's own code
-        line = getattr(e, "lineno", None)
-        trace = e.__traceback__
-        while trace is not None:
-            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
-            trace = trace.tb_next
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        line = lines[-1] if lines else getattr(e, "lineno", None)
         where = f"{path}:{line}" if line else path
         raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
     values = {name: value for name, value in namespace.items() if not name.startswith("_") and not ismodule(value)}
@@ -173,17 +172,12 @@ def configure(settings_class, args):
 def help_text(settings_class):
     """One line per setting of settings_class and its bases: name, default, comment and choices."""
     hints = get_type_hints(settings_class, include_extras=True)
-    comments = {}
-    sources = [getsource(c) for c in reversed(settings_class.__mro__[:-1])]
-    for line in "".join(sources).splitlines():
-        name, colon, rest = line.strip().partition(":")
-        if colon and name in hints:
-            comments[name] = rest.partition("  # ")[2]
-    lines = []
+    source, lines = "".join(map(getsource, settings_class.__mro__[:-1])), []
     for f in fields(settings_class):
         default = f.default if f.default != "" else '""'
+        comment = re.search(rf"^ +{f.name}: .*?  # (.*)", source, re.MULTILINE)[1]
         choices = f" [{'|'.join(map(str, get_args(hints[f.name])))}]" if get_origin(hints[f.name]) is Literal else ""
-        lines.append(f"  {f'--{f.name}={default}':<32} {comments[f.name]}{choices}")
+        lines.append(f"  {f'--{f.name}={default}':<32} {comment}{choices}")
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ def processes():
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     there = [name for name in names if os.environ.get(name)]
-    if not there or set(there) <= {"MASTER_ADDR", "MASTER_PORT"}:
+    if set(there) <= {"MASTER_ADDR", "MASTER_PORT"}:
         return 0, 1, False
     numbers = [os.environ.get(name, "") for name in names[:3]]
     if len(there) < len(names) or not all(n.isdecimal() for n in numbers) or not int(numbers[0]) < int(numbers[2]):
@@ -49,7 +49,7 @@ def processes():
 def process_group(distributed, device, minutes):
     """
     The process group of torchrun's processes, unless the caller has made one. Raises ConnectionError if another process
-    has ended, or has not answered for so many minutes.
+    has ended, or has not answered for this many minutes.
     """
     if not distributed or dist.is_initialized():
         yield
@@ -78,9 +78,9 @@ def process_group(distributed, device, minutes):
 
 def compare_ranks(mine, rank, world):
     """
-    Refuse to train if a process differs from process 0 in `mine`, a dict of what must be equal: they would compute
+    Refuse to train if any process differs from process 0 in `mine`, a dict of what must be equal: they would compute
     parts of different runs, or wait for each other for ever. Every process calls this. Raises ConfigError in process 0
-    and SystemExit in the others that differ.
+    and SystemExit in the others.
     """
     everyone = [None] * world
     dist.all_gather_object(everyone, mine)
@@ -104,12 +104,6 @@ class Machine(NamedTuple):
     kernels: str  # triton or torch
 
 
-def has_bf16(device):
-    """Whether a GPU computes bf16 natively: NVIDIA's since Ampere, and all that ROCm supports."""
-    with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def pick_device(s):
     """The Machine for a run with settings s. Raises ConfigError if its device cannot be used."""
     (_, world, _), local_rank = processes(), int(os.environ.get("LOCAL_RANK") or 0)
@@ -127,9 +121,11 @@ def pick_device(s):
         raise ConfigError("several processes can share CPUs or CUDA devices, not mps: add --device=cpu")
     gpu, dtype, why = device.type == "cuda", s.dtype, ""
     if dtype == "auto":
-        dtype = "bfloat16" if gpu and has_bf16(device) else "float32"
-        if gpu and dtype == "float32":
-            why = f" ({device_name(device)} has no units for bfloat16; --dtype=float16 has)"
+        # NVIDIA's GPUs since Ampere compute in bfloat16, and all that ROCm supports
+        bf16 = gpu and (torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0))
+        dtype = "bfloat16" if bf16 else "float32"
+        if gpu and not bf16:
+            why = f" ({device_name(device)} has no bfloat16 units; --dtype=float16 uses its float16 ones)"
     return Machine(device, dtype, why, gpu if s.compile == "auto" else s.compile,
                    "triton" if gpu and s.kernels == "auto" and find_spec("triton") else "torch")
 
@@ -141,9 +137,8 @@ def device_name(device):
     if device.type != "cpu":
         return device.type
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        name = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
+    except (OSError, TypeError):
         name = platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 

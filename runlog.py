@@ -16,7 +16,7 @@ from tqdm import tqdm
 from configurator import ConfigError, read_json
 from devices import device_name
 from norms import ScaleVector
-from runs import CSVLog, git_commit, versions, write_whole
+from runs import CSVLog, git_commit, set_aside, versions, write_whole
 
 LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "skipped", "tokens_per_second"]
 EXPERT_COLUMNS = ["step", "layer", "load_max", "idle", "entropy"]
@@ -56,6 +56,8 @@ class RunLog:
 
     def __init__(self, s, out, step, counts, device, world):
         self.wandb = start_wandb(s, out) if s.wandb else None  # first, since it may be refused
+        if s.overwrite and (out / "config.json").exists():
+            set_aside(out)  # only now, when the new run can begin
         describe_run(s, out, step, {"device": device_name(device), "processes": world, **counts})
         self.s, self.first_step, self.logged = s, step, 0
         self.rows = CSVLog(out / "log.csv", LOG_COLUMNS, step)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tokenize
 import zipfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -58,15 +58,15 @@ def write_whole(path, text):
 
 
 def git_commit():
-    """The commit of this code, marked if it was changed since; 'unknown' and why, where git does not tell."""
-    # a git hook's environment names the repository that it runs for
+    """The commit of this code, and whether the code was changed since; 'unknown' and why, where git does not tell."""
+    # inside a git hook the environment names the hook's repository
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*args):
         return subprocess.run(("git", "--no-optional-locks", *args), cwd=Path(__file__).parent, env=env, text=True,
                               capture_output=True, check=True, timeout=10).stdout.strip()
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is another project's repository around this one
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails inside another project's repository
         changed = git("status", "--porcelain", "--untracked-files=no", "*.py")  # not results, not README
         return git("rev-parse", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.SubprocessError) as e:
@@ -86,7 +86,7 @@ def code_hash():
     for name in CODE:
         source = (Path(__file__).parent / name).read_text(encoding="utf-8")
         lines = source.splitlines()
-        with suppress(SyntaxError, tokenize.TokenError):  # somebody is editing it
+        with suppress(SyntaxError, tokenize.TokenError):  # it may be half edited
             for token in tokenize.generate_tokens(io.StringIO(source).readline):
                 if token.type == tokenize.COMMENT:
                     lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
@@ -101,20 +101,19 @@ def code_hash():
 # the folder
 
 
-def differing(saved, s, free=frozenset()):
+def differing(saved, s, free=FREE_ON_RESUME):
     """
-    'lr 0.001 (here 0.002)' for each setting that differs between a run on disk and s; '' if none does.
+    'lr 0.001 (here 0.002)' for each setting outside `free` that differs between saved and s; '' if none does.
 
-    saved: the run's settings, a dict. A setting that is missing there was added later, and counts as its default.
+    saved: the settings of a run on disk, a dict. A setting that is missing there was added later: it has its default.
     """
-    here, saved = asdict(s), {**asdict(type(s)()), **saved}
-    names = [name for name in here if saved[name] != here[name]]
-    return ", ".join(f"{name} {saved[name]!r} (here {here[name]!r})" for name in names
-                     if name not in free | {"out_dir", "resume", "overwrite"})
+    here, saved = asdict(s), {**asdict(Settings()), **saved}
+    return ", ".join(f"{name} {saved[name]!r} (here {here[name]!r})" for name in here
+                     if saved[name] != here[name] and name not in free)
 
 
 def check_settings(saved, path):
-    """The settings in a run's file, without those that no longer exist. Raises ConfigError if no run has such."""
+    """The settings in a run's file, without those that no longer exist. Raises ConfigError if they are not valid."""
     if type(saved) is not dict:
         raise ConfigError(f"{path} is not a run's; name another --out_dir")
     hints = get_type_hints(Settings, include_extras=True)
@@ -123,10 +122,10 @@ def check_settings(saved, path):
 
 def claim_out_dir(s, completed=False):
     """
-    Refuse to touch a folder that holds another run, or this one unless s says what to do about it. Sets s.resume to
-    True or False where it is 'auto'. Raises ConfigError.
+    Refuse a folder that cannot be used, or that holds a run with which s does not say what to do. Sets s.resume to True
+    or False where it is 'auto'. Raises ConfigError.
 
-    completed: whether data and --init_from have filled in s by now, as they had in the settings of a run on disk.
+    completed: whether data and --init_from have filled in s, as they had when a run on disk saved its settings.
     """
     out = Path(os.path.realpath(s.out_dir))
     ckpt, config = out / "ckpt.pt", out / "config.json"
@@ -144,12 +143,10 @@ def claim_out_dir(s, completed=False):
             raise ConfigError(f"nothing to resume: there is no {ckpt}. Start the run without --resume=True")
     elif config.exists():
         saved = check_settings(read_json(config).get("settings"), config)
-        if s.overwrite:
-            return
-        if ckpt.exists():
+        if not s.overwrite and ckpt.exists():
             raise ConfigError(f"{out} holds a run already: go on with --resume=True, start over with "
                               f"--overwrite=True, or name another --out_dir")
-        if completed and (changed := differing(saved, s, FREE_ON_RESUME)):
+        if not s.overwrite and completed and (changed := differing(saved, s)):
             raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir, or start "
                               f"over with --overwrite=True")
     elif foreign := [f for f in (ckpt, out / "log.csv", out / "scales.csv", out / "experts.csv") if f.exists()]:
@@ -158,8 +155,8 @@ def claim_out_dir(s, completed=False):
 
 def lock(folder, name="train.lock"):
     """
-    Lock the folder for one run, until the returned file is closed or the process ends. Raises ConfigError if another
-    process has locked it.
+    Lock the folder until the returned file is closed or the process ends. Raises ConfigError if another process has
+    locked it.
     """
     file = open(Path(folder) / name, "a+", encoding="utf-8")
     try:
@@ -180,34 +177,31 @@ def lock(folder, name="train.lock"):
 
 @contextmanager
 def run_folder(s, master=True):
-    """
-    out_dir, made and locked, to write a run to. With --overwrite=True a run that is there moves, with all of its
-    folder, to a new one: out_dir.1, say. Raises ConfigError where another process writes there.
-    """
-    out, old = Path(os.path.realpath(s.out_dir)), None
+    """out_dir, made and locked, for a run to write to. Raises ConfigError where another process writes there."""
+    out = Path(os.path.realpath(s.out_dir))
     if not master:  # only the master writes
         yield out
         return
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as locks:
-        locks.enter_context(lock(out))
+    with lock(out):
         claim_out_dir(s, completed=True)  # again: until now another run may have been here
-        if s.overwrite and (out / "config.json").exists():
-            old = next(path for n in count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
-            if fcntl is None:
-                locks.close()  # Windows renames no folder with an open file in it
-            out.rename(old)
-            out.mkdir(exist_ok=True)
-            locks.enter_context(lock(out))
-            print(f"{out} held a run, which is in {old} now")
         try:
             yield out
         finally:
-            if (new or old) and os.listdir(out) == ["train.lock"]:  # nothing came of it
+            if new and os.listdir(out) == ["train.lock"]:  # it failed before its first file
                 shutil.rmtree(out, ignore_errors=True)
-                if old:
-                    old.rename(out)
+
+
+def set_aside(out):
+    """Move what is in a run's folder to a new one next to it, out.1 say: --overwrite=True loses nothing."""
+    old = next(path for n in count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
+    old.mkdir()
+    stays = {"train.lock", "wandb"}  # both are in use
+    # config.json last, so that after a kill in between this is still a run's folder
+    for name in sorted(set(os.listdir(out)) - stays, key="config.json".__eq__):
+        os.rename(out / name, old / name)
+    print(f"{out} held a run, which is now in {old}")
 
 
 class CSVLog:
@@ -242,8 +236,8 @@ class CSVLog:
 
 def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint, scaler=None):
     """
-    Write a checkpoint, so that at every moment there is a complete one, or none yet. scaler: the fp16 scaler's
-    numbers, by name. Raises OSError.
+    Write a checkpoint, so that once there is one, there always is a complete one. scaler: the fp16 scaler's numbers, by
+    name. Raises OSError.
     """
     ckpt = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
             "settings": asdict(s), "tokenizer": tokenizer, "data": fingerprint, "rng": torch.get_rng_state(),

@@ -7,8 +7,9 @@ Imports tokens.py and configurator.py.
 import hashlib
 import os
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from data.tokens import UNFINISHED, BinWriter, DataError, load_tokenizer, write_
 
 def find_files(root, ignored):
     """
-    The files under root and its sub-folders, [(path inside root, with slashes, path)]. ignored(name) is True for the
-    names of files and folders to leave out. Links to folders, dangling links and special files are left out too, and
-    counted on stderr. Raises DataError for a folder that cannot be listed: without it the corpus would be a different
-    one.
+    The files under root and its sub-folders, [(path inside root, with slashes, path)].
+
+    ignored(name) is True for the names of files and folders to leave out. Links to folders, dangling links and special
+    files are left out too, and counted on stderr. Raises DataError for a folder that cannot be listed, since a corpus
+    without it would be a different one.
     """
     def stop(error):
         raise error
@@ -66,39 +68,45 @@ def encode_file(path, tokenizer):
     return np.insert(tokenizer.encode(text), 0, tokenizer.separator) if text and "\0" not in text else None
 
 
-def in_threads(function, items):
+@contextmanager
+def splits(out, tokenizer):
     """
-    Yields function(item) for each item, in order, computed by one thread per core a few items ahead of the caller.
-    Threads, because tiktoken releases the interpreter's lock; and the system cannot kill one of them, as it can a
-    worker process.
+    Yields the writers of out/train.bin and out/val.bin, then writes meta.json and prints what the folder holds. An
+    older corpus in the folder stays as it was until both are complete.
     """
-    pool, pending = ThreadPoolExecutor(os.cpu_count()), deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 4 * os.cpu_count():
-                yield pending.popleft().result()
-        for future in pending:
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C no further item is started
+    out.mkdir(parents=True, exist_ok=True)
+    with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:
+        yield train, val
+        train.flush()
+        val.flush()
+        # A kill between the renames of train.bin and val.bin leaves files of two corpora, and the old meta.json would
+        # describe both wrongly. So the folder counts as unfinished until write_meta.
+        (out / UNFINISHED).touch()
+        (out / "meta.json").unlink(missing_ok=True)
+    finish(out, tokenizer)
+
+
+def finish(out, tokenizer):
+    """Writes meta.json and prints what the folder holds."""
+    for key, value in (write_meta(out, tokenizer) | {"folder": out}).items():
+        print(f"{key}: {value}")
 
 
 def write_corpus(files, out, tokenizer, unit=str):
     """
-    Tokenises files into out/train.bin, out/val.bin and out/meta.json. An older corpus in the folder stays as it was
-    until all three are complete.
+    Tokenises files into a corpus in the folder out.
 
     files: [(key, path)], written in the order of their keys · tokenizer: 'bytes' or 'gpt2'
     unit: maps a key to the name whose hash decides the split; files with the same name stay on one side
     Raises DataError if no file holds text, or if one cannot be read.
     """
     # By bytes, because the characters that Python decodes a file name to depend on the locale.
-    files, tok = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    skipped = 0
-    encoded = in_threads(lambda file: encode_file(file[1], tok), files)
-    with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:
+    files, tok, skipped = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer), 0
+    some = 4 * os.cpu_count()  # files at a time, since their tokens wait in memory
+    # Threads, because tiktoken releases the interpreter's lock, and the system cannot kill one as it can a process.
+    with splits(out, tok) as (train, val), ThreadPoolExecutor() as pool:
+        encoded = chain.from_iterable(pool.map(lambda file: encode_file(file[1], tok), files[first:first + some])
+                                      for first in range(0, len(files), some))
         for (key, _), tokens in tqdm(zip(files, encoded), out.name, len(files), unit="file", disable=None):
             if tokens is None:
                 skipped += 1
@@ -112,26 +120,7 @@ def write_corpus(files, out, tokenizer, unit=str):
         if not val.count:
             val.write(train.cut(max(1, train.count // 20)))
             print("split: too few files to split by file, so val is the last 5% of the tokens")
-        train.flush()
-        val.flush()
-        begin(out)
-    print(f"files: {len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)")
-    finish(out, tok)
-
-
-def begin(out):
-    """
-    Marks a folder as unfinished, until finish() is called. A kill between the renames of train.bin and val.bin leaves
-    files of two corpora, and the old meta.json would describe both wrongly.
-    """
-    (out / UNFINISHED).touch()
-    (out / "meta.json").unlink(missing_ok=True)
-
-
-def finish(out, tokenizer):
-    """Writes meta.json and prints what the folder holds."""
-    for key, value in (write_meta(out, tokenizer) | {"folder": out}).items():
-        print(f"{key}: {value}")
+        print(f"files: {len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)")
 
 
 def home(path):

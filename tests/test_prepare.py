@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,8 +233,11 @@ def test_pysrc_has_a_folder_per_variant_and_refuses_a_python_without_source(tmp_
 
 @pytest.mark.parametrize("happens", [os.remove, lambda path: (os.remove(path), os.mkfifo(path))])
 def test_a_file_that_vanishes_ends_the_corpus_and_the_old_one_stays(tmp_path, monkeypatch, happens):
+    """At once: only the few files that the threads have begun are still read."""
     out = text.prepare(tree(tmp_path / "in", TEXTS), out=tmp_path / "out")
-    before, listed = snapshot(out), corpus.write_corpus
+    before, listed, encode, encoded = snapshot(out), corpus.write_corpus, corpus.encode_file, []
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(corpus, "encode_file", lambda *args: encoded.append(args) or encode(*args))
 
     def list_then_lose(files, *rest):
         happens(tmp_path / "in/d0/file 77.txt")
@@ -243,7 +245,7 @@ def test_a_file_that_vanishes_ends_the_corpus_and_the_old_one_stays(tmp_path, mo
     monkeypatch.setattr(text, "write_corpus", list_then_lose)
     with refused("d0/file 77.txt", "nothing was written"):
         text.prepare(tmp_path / "in", out=out)
-    assert snapshot(out) == before
+    assert snapshot(out) == before and len(encoded) < 40
 
 
 @pytest.mark.parametrize("stopped_at", ["val.bin", "train.bin", "meta.json"])
@@ -267,27 +269,6 @@ def test_a_corpus_stopped_between_the_renames_is_refused_until_it_is_complete(tm
     text.prepare(source, out=out)
     assert Tokens(out, "train", 8, 256).tokenizer == "bytes" and (out / "meta.json").read_bytes() != meta
     assert set(os.listdir(out)) == WHOLE
-
-
-def test_threads_keep_the_order_and_stay_only_a_few_items_ahead():
-    taken = []
-    results = corpus.in_threads(lambda i: time.sleep(0.001 * (i % 3)) or i, (taken.append(i) or i for i in range(1000)))
-    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
-    assert len(taken) <= 5 + 4 * os.cpu_count()
-    assert list(results) == list(range(5, 1000))
-
-
-def test_after_an_error_in_a_thread_no_further_item_is_started():
-    done = []
-
-    def fail_first(i):
-        if i == 0:
-            raise MemoryError
-        time.sleep(0.1)
-        done.append(i)
-    with pytest.raises(MemoryError):
-        list(corpus.in_threads(fail_first, range(1000)))
-    assert len(done) < 4 * os.cpu_count()
 
 
 # --- fineweb ---------------------------------------------------------------------------------------------------------

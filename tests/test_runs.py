@@ -78,16 +78,31 @@ def test_a_file_system_without_locks_is_no_reason_not_to_train(settings, monkeyp
 
 # --overwrite=True
 
-def test_overwrite_moves_the_old_folder_and_starts_over(settings, finished, tmp_path, capsys):
-    folder = finished
-    (folder / "notes.txt").write_text("mine")
-    before = snapshot(folder)
+def test_overwrite_moves_the_old_run_and_starts_over(settings, finished, tmp_path, capsys):
+    (finished / "notes.txt").write_text("mine")
+    before = {path.name: content for path, content in snapshot(finished).items() if path.name != "train.lock"}
     for old in ("run.1", "run.2"):
         main(settings(overwrite=True, lr=0.01))
-        assert f"{folder} held a run, which is in {tmp_path / old} now" in capsys.readouterr().out
-    assert {tmp_path / "run.1" / path.name: content for path, content in before.items()} == snapshot(tmp_path / "run.1")
-    assert load_checkpoint(folder / "ckpt.pt")["settings"]["lr"] == 0.01
+        assert f"{finished} held a run, which is now in {tmp_path / old}\n" in capsys.readouterr().out
+    assert {path.name: content for path, content in snapshot(tmp_path / "run.1").items()} == before
+    assert load_checkpoint(finished / "ckpt.pt")["settings"]["lr"] == 0.01
     main(settings(resume=True, lr=0.01, max_steps=10))
+
+
+def test_overwrite_killed_between_two_files_loses_none_and_can_be_repeated(settings, finished, tmp_path, monkeypatch):
+    before, rename, left = sorted(snapshot(finished).values()), os.rename, [2]
+
+    def killed(*paths):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        rename(*paths)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(os, "rename", killed)
+        main(settings(overwrite=True))
+    assert sorted(snapshot(tmp_path).values()) == before
+    main(settings(overwrite=True))
+    assert len(snapshot(tmp_path / "run.1")) == 2 and (tmp_path / "run.2" / "config.json").exists()
 
 
 def test_an_old_run_stays_where_nothing_comes_of_the_new_one(settings, finished, tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
 import numpy as np
 
 from configurator import Parser, open_file
-from data.corpus import begin, command_line, finish, home
-from data.tokens import HERE, BinWriter, DataError, load_tokenizer
+from data.corpus import command_line, home, splits
+from data.tokens import HERE, DataError, load_tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -31,14 +31,10 @@ def prepare(source=None, out=HERE / "shakespeare"):
         raise DataError(f"{source or URL}: cannot be read ({error}); give a copy with --from FILE") from None
     if hashlib.sha256(text).hexdigest() != SHA256:
         raise DataError(f"{source or URL}: not tiny Shakespeare, its sha256 differs; give a copy with --from FILE")
-    tokens = np.frombuffer(text, np.uint8)
-    out.mkdir(parents=True, exist_ok=True)
-    with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:
-        cut = len(tokens) * 9 // 10
+    tokens, cut = np.frombuffer(text, np.uint8), len(text) * 9 // 10
+    with splits(out, load_tokenizer("bytes")) as (train, val):
         train.write(tokens[:cut])
         val.write(tokens[cut:])
-        begin(out)
-    finish(out, load_tokenizer("bytes"))
 
 
 if __name__ == "__main__":
