@@ -33,8 +33,6 @@ import statistics
 import subprocess
 import sys
 import time
-import tokenize
-from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cached_property
@@ -45,7 +43,7 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
 
 from configurator import ConfigError, configure, help_text, read_json, refuse, streams
 from settings import Settings, batch_plan, gpt_config
-from suites import SIZES, SUITES, Arm, Options, named_arms, parse, readable
+from suites import SIZES, SUITES, Arm, Options, check_base, named_arms, parse, readable
 
 HERE = Path(__file__).resolve().parent
 CELLS = Path("out/ablate/cells")
@@ -73,8 +71,9 @@ from stats import read_csv, report_text
 
 def at_size(size, arms, opt, suite):
     """
-    The arms at one of --sizes, for as many steps as its tokens per active parameter of the first make. figure7 has the
-    paper's mixture: 32 experts of int(2d/3), 4 per token, and a shared one of int(8d/3). Raises ConfigError.
+    The arms at one of --sizes. The number of steps gives the first of them --tokens_per_param tokens per active
+    parameter, or as many as follow the size's @. figure7 has the paper's mixture: 32 experts of int(2d/3), 4 per token,
+    and a shared one of int(8d/3). Raises ConfigError.
     """
     shape, own, budget = size.partition("@")
     if own and not budget.isdecimal():
@@ -83,15 +82,13 @@ def at_size(size, arms, opt, suite):
     if shape.isdecimal() and 0 < len(shape) < 4:
         width = 32 * int(shape)
         label, words = f"{shape}x{width}", [f"--n_layer={shape}", f"--n_head={shape}", f"--n_embd={width}"]
-        words += (suite == "figure7") * ["--n_experts=32", "--experts_per_token=4", f"--expert_dim={2 * width // 3}",
-                            f"--shared_dim={8 * width // 3}"]
+        if suite == "figure7":
+            words += ["--n_experts=32", "--experts_per_token=4", f"--expert_dim={2 * width // 3}",
+                      f"--shared_dim={8 * width // 3}"]
     s = settings_of(arms[0].words + words)
     tokens = int(budget or opt.tokens_per_param) * meta_model(s).counts()["active_params"]
     steps = max(1, round(tokens / s.batch_tokens))
     words += [f"--max_steps={steps}", f"--warmup_steps={min(s.warmup_steps, steps // 10)}"]
-    flags = [{word.partition("=")[0] for word in some if word[:2] == "--"} for some in (arms[0].words, words)]
-    if clash := flags[0] & flags[1] - {"--warmup_steps"}:
-        raise ConfigError(f"{suite} sets {' and '.join(sorted(clash))} for each of its sizes; leave that out")
     at = f"at {label}" + (f", {budget} tokens per parameter" if own else "")  # stats.py fits those without a comma
     return [Arm(f"{a.name} {at}", a.words + words, a.reference and f"{a.reference} {at}") for a in arms]
 
@@ -126,6 +123,7 @@ NO_LOSS = {"out_dir", "resume", "overwrite", "dry_run", "dist_timeout", "sample_
 class Cell:
     """One run of train.py, finished or not."""
 
+    arm: Arm
     settings: Settings
     content: list  # what else decides its loss: digests of data, initial weights and code
     params: int
@@ -154,7 +152,7 @@ def folder_digest(folder):
 
 
 def make_arms(named, opt, code):
-    """{name: its Cell at train.py's rate and seed} of suite_arms()'s Arms. Raises ConfigError, DataError."""
+    """{name: its Cell at train.py's rate and seed} from a list of Arms. Raises ConfigError, DataError."""
     by_name, arms, seen = {arm.name: arm for arm in named}, {}, {}
 
     def tuned_as(arm):
@@ -173,41 +171,9 @@ def make_arms(named, opt, code):
             seen[s.init_from] = folder_digest(s.init_from)
         counts = meta_model(s).counts()
         flops = 6 * (counts["active_params"] - s.n_embd * s.vocab_size) * s.batch_tokens * s.max_steps
-        arms[arm.name] = Cell(s, [seen[data], seen.get(s.init_from), code], counts["params"], flops, tuned_as(arm))
+        content = [seen[data], seen.get(s.init_from), code]
+        arms[arm.name] = Cell(arm, s, content, counts["params"], flops, tuned_as(arm))
     return arms
-
-
-def plan(arms, opt, loss_of):
-    """
-    ({(arm, lr, seed): Cell}, FLOPs, {arm: why}): the cells that a suite needs by what is known now, what comes on top
-    once all rates are known, and the arms for which the grid has no best rate. Tuning comes first, then one reported
-    seed after the other. loss_of(cell): its validation loss, inf where it diverged, None where it is not finished.
-    """
-    cells, bad, later = {}, {}, 0.0
-    tuned = list(dict.fromkeys(cell.tuned_as for cell in arms.values()))
-    rates = {name: opt.lrs[0] if opt.lrs else arms[name].settings.lr for name in tuned}
-    for name in tuned if opt.lrs[1:] else ():
-        grid = {lr: [arms[name].at(lr, seed) for seed in opt.tune_seeds] for lr in opt.lrs}
-        cells.update({(name, lr, cell.settings.seed): cell for lr, row in grid.items() for cell in row})
-        losses = {lr: [loss_of(cell) for cell in row] for lr, row in grid.items()}
-        rates[name] = None
-        if any(None in row for row in losses.values()):
-            continue
-        best = min(opt.lrs, key=lambda lr: statistics.mean(losses[lr]))
-        if math.inf in losses[best]:
-            bad[name] = "it diverged at every rate"
-        elif best in (opt.lrs[0], opt.lrs[-1]):
-            bad[name] = (f"the best rate, {best:g}, is at the end of the grid: add a "
-                         f"{'lower' if best == opt.lrs[0] else 'higher'} one to --lrs")
-        else:
-            rates[name] = best
-    for seed in opt.seeds:
-        for name, cell in arms.items():
-            if (lr := rates[cell.tuned_as]) is not None:
-                cells[name, lr, seed] = cell.at(lr, seed)
-            elif cell.tuned_as not in bad:
-                later += cell.flops
-    return cells, later, bad
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,12 +182,16 @@ def plan(arms, opt, loss_of):
 
 def val_loss(cell):
     """The final validation loss in nats, inf where the run diverged, None where it is not finished."""
-    if (cell.folder / "diverged.txt").exists():
-        return math.inf
     rows = read_csv(cell.folder / "log.csv")
     if rows and rows[-1]["step"] == str(cell.settings.max_steps) and rows[-1]["val_loss"]:
         return float(rows[-1]["val_loss"])
-    return None
+    return math.inf if re.search(r"^train\.py: step \d+: loss ", printed(cell), re.M) else None
+
+
+def printed(cell):
+    """What the last process of a cell printed."""
+    path = cell.folder / "train.log"
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def seconds(cell):
@@ -234,21 +204,24 @@ COLUMNS = ["suite", "arm", "reference", "use", "lr", "seed", "val_loss", "params
            "commit", "torch", "device", "cell"]
 
 
-def result_row(cell):
-    """What results.csv says of a finished cell, after its first four columns."""
-    s, made = cell.settings, read_json(cell.folder / "config.json")
-    values = (s.lr, s.seed, val_loss(cell), cell.params, s.max_steps * s.batch_tokens, f"{cell.flops:.6g}",
-              f"{seconds(cell):.0f}", cell.content[-1], made["git_commit"], made["versions"]["torch"], made["device"],
-              cell.folder.name)
-    return dict(zip(COLUMNS[4:], values, strict=True))
-
-
 def evaluations(cell, log, columns, n):
     """The rows of a cell's log at n of its evaluations at most, the first and the last among them."""
     rows = [row for row in read_csv(cell.folder / log) if row.get("val_loss") != ""]  # log.csv has others in between
     steps = list(dict.fromkeys(row["step"] for row in rows))
     chosen = {steps[i * (len(steps) - 1) // max(1, n - 1)] for i in range(n)} if len(steps) > n else {*steps}
     return [{"cell": cell.folder.name, **{c: row[c] for c in columns}} for row in rows if row["step"] in chosen]
+
+
+def outcome(cell):
+    """What a finished cell adds to the tables: {"row": of results.csv, "curves": rows, "scales": rows}."""
+    s, made = cell.settings, read_json(cell.folder / "config.json")
+    row = {"lr": s.lr, "seed": s.seed, "val_loss": val_loss(cell), "params": cell.params,
+           "tokens": s.max_steps * s.batch_tokens, "flops": f"{cell.flops:.6g}", "seconds": f"{seconds(cell):.0f}",
+           "code": cell.content[-1], "commit": made["git_commit"], "torch": made["versions"]["torch"],
+           "device": made["device"], "cell": cell.folder.name}
+    return {"row": dict.fromkeys(COLUMNS) | row,
+            "curves": evaluations(cell, "log.csv", ["step", "tokens", "val_loss"], 40),
+            "scales": evaluations(cell, "scales.csv", ["step", "name", "mean", "std", "norm", "cosine"], 12)}
 
 
 def write_csv(path, rows):
@@ -270,58 +243,90 @@ class Suite:
     def __init__(self, args):
         suite, self.opt, base = parse(args)
         self.code = code_hash()
-        self.named = named_arms(suite, base)
+        named = named_arms(suite, base)
         if suite in SIZES:
-            self.named = [arm for size in self.opt.sizes for arm in at_size(size, self.named, self.opt, suite)]
-        self.arms = make_arms(self.named, self.opt, self.code)
+            named = [arm for size in self.opt.sizes for arm in at_size(size, named, self.opt, suite)]
+        check_base(base, named)
+        self.arms = make_arms(named, self.opt, self.code)
         self.name = suite if suite in SUITES else "-".join(self.arms)
         self.command = readable(shlex.join(["python", "ablate.py", *args]))
         self.out = Path(self.opt.out or f"out/ablate/{self.name}").expanduser()
-        rows = read_csv(self.out / "results.csv")
-        if rows and list(rows[0]) != COLUMNS:
-            raise ConfigError(f"{self.out}/results.csv has other columns than ablate.py writes; name another --out")
-        self.known = {row["cell"]: row for row in rows}
+        self.outcomes = {}  # of finished cells: by name from out, by folder from the cell itself
+        for row in read_csv(self.out / "results.csv"):
+            if list(row) != COLUMNS:
+                raise ConfigError(f"{self.out}/results.csv has other columns than ablate.py writes; name another --out")
+            self.outcomes[row["cell"]] = {"row": row, "curves": [], "scales": []}
+        for log in ("curves", "scales"):
+            for row in read_csv(self.out / f"{log}.csv"):
+                if row["cell"] in self.outcomes:
+                    self.outcomes[row["cell"]][log].append(row)
+
+    def outcome(self, cell):
+        """The outcome of a cell, None until it is finished. What is in its folder comes before what out says of it."""
+        if cell.folder not in self.outcomes and val_loss(cell) is not None:
+            self.outcomes[cell.folder] = outcome(cell)
+        return self.outcomes.get(cell.folder) or self.outcomes.get(cell.folder.name)
 
     def loss(self, cell):
-        """val_loss, also where only results.csv knows it."""
-        loss, row = val_loss(cell), self.known.get(cell.folder.name)
-        return float(row["val_loss"]) if loss is None and row else loss
+        """The validation loss of a cell, inf where it diverged, None until it is finished."""
+        known = self.outcome(cell)
+        return known and float(known["row"]["val_loss"])
 
-    def left(self):
-        """The cells to run, each once."""
-        cells = plan(self.arms, self.opt, self.loss)[0].values()
-        return list({cell.folder: cell for cell in cells if self.loss(cell) is None}.values())
+    def plan(self):
+        """
+        (cells, FLOPs, {arm: why}): the cells that the suite needs by what is known now, what comes on top once all
+        rates are known, and the arms for which the grid has no best rate. Tuning comes first, then one reported seed
+        after the other.
+        """
+        opt, cells, bad, later = self.opt, [], {}, 0.0
+        tuned = list(dict.fromkeys(cell.tuned_as for cell in self.arms.values()))
+        rates = {name: opt.lrs[0] if opt.lrs else self.arms[name].settings.lr for name in tuned}
+        for name in tuned if opt.lrs[1:] else ():
+            grid = {lr: [self.arms[name].at(lr, seed) for seed in opt.tune_seeds] for lr in opt.lrs}
+            cells += [cell for row in grid.values() for cell in row]
+            losses = {lr: [self.loss(cell) for cell in row] for lr, row in grid.items()}
+            rates[name] = None
+            if any(None in row for row in losses.values()):
+                continue
+            best = min(opt.lrs, key=lambda lr: statistics.mean(losses[lr]))
+            if math.inf in losses[best]:
+                bad[name] = "it diverged at every rate"
+            elif best in (opt.lrs[0], opt.lrs[-1]):
+                bad[name] = (f"the best rate, {best:g}, is at the end of the grid: add a "
+                             f"{'lower' if best == opt.lrs[0] else 'higher'} one to --lrs")
+            else:
+                rates[name] = best
+        for seed in opt.seeds:
+            for cell in self.arms.values():
+                if (lr := rates[cell.tuned_as]) is not None:
+                    cells.append(cell.at(lr, seed))
+                elif cell.tuned_as not in bad:
+                    later += cell.flops
+        return cells, later, bad
 
     def progress(self):
-        """('finished/all' of the different cells, a plus where more will come; FLOPs that are done; FLOPs in all)."""
-        cells, later, _ = plan(self.arms, self.opt, self.loss)
-        distinct = {cell.folder: cell for cell in cells.values()}.values()
-        done = [cell for cell in distinct if self.loss(cell) is not None]
-        flops = [sum(cell.flops for cell in some) for some in (done, distinct)]
-        return f"{len(done)}/{len(distinct)}{'+' if later else ''}", flops[0], flops[1] + later
+        """(the cells to run, each once; 'finished/all', with a plus where more will come; FLOPs to go)."""
+        cells, later, _ = self.plan()
+        distinct = {cell.folder: cell for cell in cells}.values()
+        left = [cell for cell in distinct if self.loss(cell) is None]
+        count = f"{len(distinct) - len(left)}/{len(distinct)}{'+' if later else ''}"
+        return left, count, later + sum(cell.flops for cell in left)
 
     def write(self):
         """Write results.csv, results.md and the reported cells' logs into out. Returns (the text, the bad arms)."""
-        cells, _, bad = plan(self.arms, self.opt, self.loss)
-        logs = {"curves": ("log.csv", ["step", "tokens", "val_loss"], 40),
-                "scales": ("scales.csv", ["step", "name", "mean", "std", "norm", "cosine"], 12)}
-        old = defaultdict(list)
-        for log in logs:
-            for row in read_csv(self.out / f"{log}.csv"):
-                old[log, row["cell"]].append(row)
-        references, rows, found = {arm.name: arm.reference or "" for arm in self.named}, [], {log: {} for log in logs}
-        for (arm, _, seed), cell in cells.items():
-            name, finished = cell.folder.name, val_loss(cell) is not None
-            if self.loss(cell) is None:
-                continue
-            own = [self.name, arm, references[arm], "report" if seed in self.opt.seeds else "tuning"]
-            rest = result_row(cell) if finished else {c: self.known[name][c] for c in COLUMNS[4:]}
-            rows.append({**dict(zip(COLUMNS, own)), **rest})
-            for log, (file, columns, n) in logs.items() if own[3] == "report" else ():
-                if log == "curves" or seed == self.opt.seeds[0]:
-                    found[log][name] = evaluations(cell, file, columns, n) if finished else old[log, name]
+        cells, _, bad = self.plan()
+        rows, logs = [], {"curves": {}, "scales": {}}
+        for cell in cells:
+            if known := self.outcome(cell):
+                use = "report" if cell.settings.seed in self.opt.seeds else "tuning"
+                rows.append(known["row"] | {"suite": self.name, "arm": cell.arm.name,
+                                            "reference": cell.arm.reference or "", "use": use})
+                if use == "report":
+                    logs["curves"][cell.folder] = known["curves"]
+                if cell.settings.seed == self.opt.seeds[0]:
+                    logs["scales"][cell.folder] = known["scales"]
         write_csv(self.out / "results.csv", rows)
-        for log, groups in found.items():
+        for log, groups in logs.items():
             write_csv(self.out / f"{log}.csv", [row for group in groups.values() for row in group])
         write_whole(self.out / "results.md", text := report_text(rows, self.command, bad))
         return text, bad
@@ -333,27 +338,27 @@ class Runner:
     def __init__(self, suite):
         self.suite, self.opt, self.edited = suite, suite.opt, False
         self.signals, self.failed = [], {}  # failed: {folder: why}
-        self.free, self.running = list(range(self.opt.jobs)), []
+        self.running = {}  # {slot: (cell, process, when it started)}, a slot for each of `jobs`
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.gpus = names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.threads = max(1, cpus // (self.opt.jobs * self.opt.nproc))
-        self.started, self.done_before = time.monotonic(), suite.progress()[1]
+        self.started, self.done = time.monotonic(), 0.0  # FLOPs since then
 
     def fill(self):
-        """Start as many cells as there is room for, unless a signal came or the code is not what it was."""
-        taken = {cell.folder for cell, *_ in self.running} | self.failed.keys()
-        for cell in [cell for cell in self.suite.left() if cell.folder not in taken][:len(self.free)]:
-            try:
-                self.edited = self.edited or code_hash() != self.suite.code
-            except (SyntaxError, tokenize.TokenError, OSError):  # in the middle of an edit
-                self.edited = True
-            if not self.signals and not self.edited:
-                self.start(cell)
+        """Start a cell in each free slot, unless a signal came or the code is not what it was."""
+        for slot in set(range(self.opt.jobs)) - self.running.keys():
+            taken = {cell.folder for cell, *_ in self.running.values()} | self.failed.keys()
+            cell = next((cell for cell in self.suite.progress()[0] if cell.folder not in taken), None)
+            self.edited = self.edited or cell is not None and code_hash() != self.suite.code
+            if cell is None or self.edited or self.signals:
+                return
+            self.running[slot] = cell, self.start(cell, slot), time.monotonic()
 
-    def start(self, cell):
+    def start(self, cell, slot):
+        """Start train.py on a cell. Returns the process."""
         cell.folder.mkdir(parents=True, exist_ok=True)
-        slot, n, s = self.free.pop(0), self.opt.nproc, cell.settings
+        n, s = self.opt.nproc, cell.settings
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
         command = [sys.executable, *launcher,
                    str(HERE / "train.py"), f"--out_dir={cell.folder}", "--resume=auto",
@@ -363,37 +368,29 @@ class Runner:
             env["CUDA_VISIBLE_DEVICES"] = ",".join({self.gpus[(slot * n + i) % len(self.gpus)]: 0 for i in range(n)})
         with open(cell.folder / "train.log", "w", encoding="utf-8") as log:
             # a session of its own: Ctrl-C comes only to ablate.py, which passes it on
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
-                                       start_new_session=True)
-        self.running.append((cell, process, slot, time.monotonic()))
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
+                                    start_new_session=True)
 
     def stop(self, signum, frame):
         """The first signal lets the runs save; torchrun passes it on to its processes. The second kills."""
         self.signals.append(signum)
-        for _, process, *_ in self.running:
+        for _, process, _ in self.running.values():
             process.terminate() if len(self.signals) == 1 or os.name == "nt" else os.killpg(process.pid, signal.SIGKILL)
 
-    def collect(self, cell, process, slot, started):
+    def collect(self, cell, process, started):
         """Note how a cell ended: with a loss, because it diverged, or because it failed."""
-        self.running.remove((cell, process, slot, started))
-        self.free.append(slot)
         write_whole(cell.folder / "seconds.txt", f"{seconds(cell) + time.monotonic() - started:.1f}\n")
-        output = (cell.folder / "train.log").read_text(encoding="utf-8", errors="replace")
-        if val_loss(cell) is None and process.returncode and (
-                diverged := re.search(r"^train\.py: (step \d+: loss .*)$", output, re.M)):
-            write_whole(cell.folder / "diverged.txt", diverged[1] + "\n")
         if val_loss(cell) is None:
             if not self.signals:
-                lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
-                killed = process.returncode < 0 and f"killed by {signal.Signals(-process.returncode).name}"
-                self.failed[cell.folder] = killed or lines[-1]
+                last_line = printed(cell).strip().rpartition("\n")[2]
+                self.failed[cell.folder] = f"exit code {process.returncode}: {last_line}"
             return
         (cell.folder / "ckpt.pt").unlink(missing_ok=True)  # of hundreds of cells they would fill the disk
-        count, done, total = self.suite.progress()
-        left = int((time.monotonic() - self.started) * (total - done) / (done - self.done_before))
-        arm, lr, seed = next(key for key, c in plan(self.suite.arms, self.opt, self.suite.loss)[0].items()
-                             if c.folder == cell.folder)
-        print(f"{count}  {arm}  lr {lr:g}  seed {seed}  val_loss {val_loss(cell):.4f}  {timedelta(seconds=left)} left")
+        self.done += cell.flops
+        _, count, to_go = self.suite.progress()
+        left = timedelta(seconds=int((time.monotonic() - self.started) * to_go / self.done))
+        print(f"{count}  {cell.arm.name}  lr {cell.settings.lr:g}  seed {cell.settings.seed}  "
+              f"val_loss {val_loss(cell):.4f}  {left} left")
         self.suite.write()
 
     def run(self):
@@ -402,11 +399,11 @@ class Runner:
             self.fill()
             while self.running:
                 time.sleep(0.2)
-                for entry in [entry for entry in self.running if entry[1].poll() is not None]:
-                    self.collect(*entry)
+                for slot in [slot for slot, (_, process, _) in self.running.items() if process.poll() is not None]:
+                    self.collect(*self.running.pop(slot))
                     self.fill()
         finally:
-            for _, process, *_ in self.running:  # only where ablate.py itself failed
+            for _, process, _ in self.running.values():  # only where ablate.py itself failed
                 process.terminate()
             for signum, handler in old.items():
                 signal.signal(signum, handler)
@@ -417,20 +414,19 @@ def main(args):
         raise ConfigError("start ablate.py without torchrun: --nproc=8 gives each cell 8 processes of its own")
     suite = Suite(args)
     if suite.opt.dry_run:
-        for (arm, lr, seed), cell in plan(suite.arms, suite.opt, suite.loss)[0].items():
-            print(f"{arm:<32} lr {lr:<8g} seed {seed:<4} {'to run' if suite.loss(cell) is None else 'finished'}")
-    count, done, total = suite.progress()
-    print(f"{count} different cells finished, {total - done:.3g} of {total:.3g} FLOPs to go")
+        for cell in suite.plan()[0]:
+            print(f"{cell.arm.name:<32} lr {cell.settings.lr:<8g} seed {cell.settings.seed:<4} "
+                  f"{'to run' if suite.loss(cell) is None else 'finished'}")
+    _, count, to_go = suite.progress()
+    print(f"{count} different cells finished, {to_go:.3g} FLOPs to go")
     if suite.opt.dry_run:
         return 0
-    suite.out.mkdir(parents=True, exist_ok=True)
+    for folder in (suite.out, CELLS):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        CELLS.mkdir(parents=True, exist_ok=True)
         held = lock(CELLS, "ablate.lock")
     except ConfigError as e:
-        raise ConfigError(f"another ablate.py is at work here ({str(e).partition(':')[0]}): wait for it") from None
-    except OSError as e:
-        raise OSError(f"{CELLS} cannot be written to: {e.strerror}") from None
+        raise ConfigError(str(e).partition(", or name another")[0]) from None  # there is no other
     runner = Runner(suite)
     with held:
         runner.run()

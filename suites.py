@@ -137,13 +137,16 @@ def named_arms(suite, base):
     if suite not in SUITES:
         raise ConfigError(f"there is no suite {suite!r}; there are {', '.join(SUITES)}, or name strategy files (.py)")
     file = lambda word: word if word.startswith("--") else str(CONFIGS / f"{word}.py")
-    arms = [arm._replace(words=base + [file(word) for word in arm.words.split()]) for arm in SUITES[suite]]
+    return [arm._replace(words=base + [file(word) for word in arm.words.split()]) for arm in SUITES[suite]]
+
+
+def check_base(base, arms):
+    """Raise ConfigError where an arm's own words, which come after those of base, undo a flag of base."""
     told, _ = configure(Settings, base)
-    flags = {arg[2:].partition("=")[0] for arg in base if arg.startswith("--")}
-    for arm in arms:  # whose words come after those of base
+    names = {arg[2:].partition("=")[0] for arg in base if arg.startswith("--")} - {"warmup_steps"}  # a size shortens it
+    for arm in arms:
         own, _ = configure(Settings, arm.words)
-        for name in sorted(flags):
+        for name in sorted(names):
             if getattr(own, name) != getattr(told, name):
                 raise ConfigError(f"--{name}={getattr(told, name)} cannot hold for every cell: {arm.name} has {name} "
-                                  f"{getattr(own, name)!r}. Compare strategy files of your own")
-    return arms
+                                  f"{getattr(own, name)!r}. Leave it out, or compare strategy files without it")
