@@ -37,44 +37,22 @@ def arguments(args=None):
     return parser.parse_args(args)
 
 
-def free_folder(path):
-    """The absolute path of a folder that is empty or not there. Raises ConfigError where it is anything else."""
-    path = Path(os.path.realpath(path))  # unlike resolve(), no error for links in a circle
-    if os.path.lexists(path) and not (path.is_dir() and os.access(path, os.R_OK) and not os.listdir(path)):
-        raise ConfigError(f"{path} is there already; delete it, or name another folder")
-    return path
-
-
 @contextmanager
 def new_folder(path):
-    """A temporary folder to fill. It becomes `path`, a free folder, if all goes well, and is deleted if not."""
+    """
+    A temporary folder to fill. It becomes `path` if all goes well, and is deleted if not. Raises ConfigError where
+    `path` is there already, unless it is an empty folder.
+    """
+    path = Path(os.path.realpath(path))  # unlike resolve(), no error for links in a circle
+    if os.path.lexists(path) and not (path.is_dir() and not os.listdir(path)):
+        raise ConfigError(f"{path} is there already; delete it, or name another folder")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
         yield part
-        for file in part.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
         os.rename(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def merges(tokens):
-    """
-    The pair that BPE merges last into each token, in order of rank: what tiktoken's list of tokens leaves out.
-
-    tokens: [bytes]; a token's rank is its index, and the first 256 are the single bytes.
-    """
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    pairs = []
-    for rank, token in enumerate(tokens[256:], 256):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            first = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[first:first + 2] = [parts[first] + parts[first + 1]]
-        pairs.append(tuple(parts))
-    return pairs
 
 
 def write_tokenizer(folder, tokenizer, config):
@@ -92,18 +70,19 @@ def write_tokenizer(folder, tokenizer, config):
     tokens[tokenizer.separator], end, symbols = None, "<|endoftext|>", bytes_to_unicode()
     if tokenizer.name == "bytes":
         spell = lambda b: "▁" if b == b" " else b.decode() if b < b"\x80" else f"<0x{b.hex().upper()}>"
+        # the converter makes up the rest of the model's vocabulary only for a BPE
+        tokens += [b"<unused%d>" % i for i in range(len(tokens), config.vocab_size)]
     else:
         spell = lambda token: "".join(symbols[b] for b in token)
     vocab = {end if token is None else spell(token): i for i, token in enumerate(tokens)}
     if tokenizer.name == "bytes":
-        # the converter makes up the rest of the model's vocabulary only for a BPE
-        vocab.update({f"<unused{i}>": i for i in range(len(tokens), config.vocab_size)})
         theirs = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
         theirs.normalizer = normalizers.Replace(" ", "▁")
         theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     else:
-        pairs = merges([token for token in tokens if token is not None])
-        theirs = Tokenizer(models.BPE(vocab, [(spell(a), spell(b)) for a, b in pairs]))
+        # tiktoken has no list of merges: any two tokens whose bytes make up a third are merged, lowest number first
+        halves = ((spell(token[:i]), spell(token[i:])) for token in tokens if token for i in range(1, len(token)))
+        theirs = Tokenizer(models.BPE(vocab, [pair for pair in halves if vocab.keys() >= set(pair)]))
         theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     theirs.add_special_tokens([AddedToken(end, normalized=False, special=True)])
     (folder / "tokenizer.json").write_text(theirs.to_str(pretty=True) + "\n", encoding="utf-8")
@@ -144,7 +123,6 @@ def main(args):
     from data.tokens import load_tokenizer
     from hf import fold, hf_config, hf_tensors, hf_type, is_norm, open_model
 
-    out = free_folder(args.out)
     model, name = open_model(args.model)
     if name is None:
         raise ConfigError(f"{args.model}: its tokenizer is unknown. It is not ours, or its data has no meta.json")
@@ -154,7 +132,7 @@ def main(args):
     said = hf_config(kind, config, tokenizer)
     (reader,) = said["architectures"]
     try:
-        with new_folder(out) as folder:
+        with new_folder(args.out) as folder:
             (folder / "config.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
             weights = save(hf_tensors(kind, config, tensors), {"format": "pt"})
             (folder / "model.safetensors").write_bytes(weights)

@@ -17,7 +17,7 @@ Knows model.py, norms.py, settings.py, runs.py and configurator.py. Used by samp
 """
 
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -63,39 +63,30 @@ def is_norm(name):
 @torch.no_grad()
 def fold(model):
     """
-    The folded model of a GPT: (GPTConfig, tensors). It computes the same function; products are in fp64 and rounded
-    once, to fp32. A tied LM head with scale vectors gets its own matrix. Raises ConfigError for an unknown placement.
+    The folded model of a GPT: (GPTConfig, tensors). It computes the same function. A tied LM head with scale vectors
+    gets its own matrix.
     """
     config = model.config
-    branches, scales, matrices = parts(model)
-    t = {name: w.double() for name, w in matrices.items()} | {name: scale() for name, scale in scales.items()}
-    tied = config.tie_embeddings and not config.scale_vectors
+    branches, scales, t = parts(model)
+    t |= {name: scale() for name, scale in scales.items()}
     for prefix, b in branches.items():
-        for c, u, v in b.vectors():
-            w = b.weight[c].double()
-            w = w if v is None else w * v.double().unsqueeze(-2)
-            if u is not None and c not in b.normed:
-                w = w * u.double().unsqueeze(-1)
-            elif u is not None and c == "v":
-                # attention mixes tokens, not channels; each head of v serves n_head / n_kv_head heads of o
-                heads = u.double().view(config.n_kv_head, 1, -1).expand(-1, config.n_head // config.n_kv_head, -1)
+        folded = b.folded_weight(model.wte.dtype).split([*b.n_out.values()], dim=-2)
+        t |= {prefix + c: w for c, w in zip(b.n_out, folded)}
+        for c, u in ((c, b.u[c]()) for c in b.normed if c in b.u):
+            if c == "v":  # attention mixes tokens, not channels; each head of v serves n_head / n_kv_head heads of o
+                heads = u.view(config.n_kv_head, 1, -1).expand(-1, config.n_head // config.n_kv_head, -1)
                 t[prefix + "o"] = t[prefix + "o"] * heads.flatten()
-            elif u is not None and c == "up":
-                t[prefix + "down"] = t[prefix + "down"] * u.double().unsqueeze(-2)
-            elif u is not None:
+            elif c == "up":
+                t[prefix + "down"] = t[prefix + "down"] * u.unsqueeze(-2)
+            else:
                 t[f"{prefix}{c}_scale"] = u
-            if prefix or not tied:
-                t[prefix + c] = w
-
-    scaled = any(map(is_norm, t))
-    becomes = {"input": "input", "after": "input", "dual": "input", "norm": "norm",
-               "dual_norm": "dual_norm" if scaled else "norm"}
-    places = {name: becomes.get(getattr(config, name)) for name in PLACES}
-    if None in places.values():
-        raise ConfigError("hf.py does not know this placement; add it to fold")
-    folded = replace(config, **places, placement="input", scale_vectors=scaled, heterogeneous=False, reparam="direct",
-                     qk_norm=config.qk_norm and config.attn_placement not in NORMED, final_norm_role="input",
-                     expert_scales="shared", tie_embeddings=tied, dtype="float32")
+    tied = config.tie_embeddings and not config.scale_vectors
+    if tied:
+        del t["lm_head"]
+    places = {name: place if (place := getattr(config, name)) in NORMED else "input" for name in PLACES}
+    folded = replace(config, **places, placement="input", scale_vectors=any(map(is_norm, t)), heterogeneous=False,
+                     reparam="direct", qk_norm=config.qk_norm and config.attn_placement not in NORMED,
+                     final_norm_role="input", expert_scales="shared", tie_embeddings=tied, dtype="float32")
     # clones: a file cannot hold two tensors that share memory, and the caller may change the model
     return folded, {name: x.detach().float().cpu().contiguous().clone() for name, x in t.items()}
 
@@ -152,18 +143,15 @@ def load(model, tensors):
 # ---------------------------------------------------------------------------------------------------------------
 # Hugging Face's names
 
-# Our setting -> its name in a config.json. A Mixtral has more of them, and our own class the rest under our names.
+# Our setting -> its name in a config.json. A Mixtral has some more, and our own class has those in OURS.
 HF_SETTINGS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
                "d_head": "head_dim", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
                "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps",
                "tie_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta"}
 HF_MIXTRAL = {"n_experts": "num_local_experts", "expert_dim": "intermediate_size",
               "experts_per_token": "num_experts_per_tok"}
-# The values that our own class computes; ... is all. Any other setting must be in TRAINING or at its default.
-NANOSCALE = dict(arch=("llama", "gemma"), qkv_norm=("head", "full"), qk_norm=..., scale_vectors=..., n_experts=...,
-                 experts_per_token=..., expert_dim=..., shared_dim=..., router=("softmax", "softmax_all", "sigmoid"),
-                 **dict.fromkeys(PLACES, ("input", *NORMED)))
-TRAINING = ("init_std", "embedding_std", "router_aux", "router_z", "router_bias", "dtype")
+MIXTURE = ("n_experts", "experts_per_token", "expert_dim", "shared_dim", "router")
+OURS = ("arch", *MIXTURE, "scale_vectors", *PLACES, "qkv_norm", "qk_norm")
 
 # Our tensors -> Hugging Face's, whose block 0 is model.layers.0. {e} counts experts: there each has its own matrices.
 HF_BLOCK = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
@@ -179,29 +167,24 @@ HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "mlp": "bloc
 
 def hf_settings(kind):
     """Our setting -> its name in the config.json of a model_type."""
-    more = {"llama": {}, "mixtral": HF_MIXTRAL, "nanoscale": {name: name for name in NANOSCALE}}
-    return {**HF_SETTINGS, **more[kind]}
+    return HF_SETTINGS | {"llama": {}, "mixtral": HF_MIXTRAL, "nanoscale": {name: name for name in OURS}}[kind]
 
 
-def hf_names(kind, n_layer):
-    """Our tensor -> its name in the files of a model_type."""
-    block = {ours: f"{theirs}{'' if ours == 'ffn.bias' else '.weight'}" for ours, theirs in HF_BLOCK.items()}
-    if kind == "mixtral":
-        block = {ours: ".".join(HF_EXPERT.get(word, word) for word in name.split(".")) for ours, name in block.items()}
-    return {"wte": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "norm": "model.norm.weight",
-            "lm_head_scale": "lm_head.norm.weight",
-            **{f"blocks.{i}.{ours}": f"model.layers.{i}.{block[ours]}" for i in range(n_layer) for ours in block}}
+def hf_names(kind, config):
+    """Our tensor -> a list of its names in the files of a model_type: one, or one per expert."""
+    names = {"wte": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "norm": "model.norm.weight",
+             "lm_head_scale": "lm_head.norm.weight"}
+    for ours, theirs in HF_BLOCK.items():
+        if kind == "mixtral":
+            theirs = ".".join(HF_EXPERT.get(word, word) for word in theirs.split("."))
+        end = "" if ours == "ffn.bias" else ".weight"
+        names |= {f"blocks.{i}.{ours}": f"model.layers.{i}.{theirs}{end}" for i in range(config.n_layer)}
+    return {ours: [theirs.format(e=e) for e in range(config.n_experts)] if "{e}" in theirs else [theirs]
+            for ours, theirs in names.items()}
 
 
 def hf_type(config, tensors):
-    """
-    The model_type that computes a folded model: 'llama' or 'mixtral' where that does, else 'nanoscale', which is our
-    modeling file. Raises ConfigError for a setting that this does not know.
-    """
-    for f in fields(GPTConfig):
-        value, known = getattr(config, f.name), NANOSCALE.get(f.name, (f.default,))
-        if f.name not in (*HF_SETTINGS, *TRAINING) and known is not ... and value not in known:
-            raise ConfigError(f"neither hf.py nor modeling_nanoscale.py knows {f.name}={value!r}")
+    """The model_type that computes a folded model: 'llama' or 'mixtral' where that does, else 'nanoscale'."""
     normed = config.qk_norm or any(getattr(config, name) in NORMED for name in PLACES)
     if config.arch != "llama" or normed or config.n_embd % config.n_head:  # theirs: heads divide the width
         return "nanoscale"
@@ -235,30 +218,30 @@ def hf_config(kind, config, tokenizer):
 
 def hf_tensors(kind, config, tensors):
     """A folded model's tensors under Hugging Face's names. Raises ConfigError for a name that it does not know."""
-    names, theirs = hf_names(kind, config.n_layer), {}
+    names, theirs = hf_names(kind, config), {}
     if kind != "nanoscale":  # their classes want the γ of their Pre-Norms, and know no bias, which is zeros here
         ones = {name: torch.ones(config.n_embd) for name in names if name.endswith("norm")}
         tensors = ones | {name: x for name, x in tensors.items() if not name.endswith("ffn.bias")}
     for name, x in tensors.items():
         if name not in names:
             raise ConfigError(f"hf.py does not know the parameter {name}; add it to HF_BLOCK and to load")
-        each = [x_e.clone() for x_e in x] if "{e}" in names[name] else [x]
-        theirs.update({names[name].format(e=e): x_e for e, x_e in enumerate(each)})
+        theirs |= zip(names[name], x.clone() if ".experts." in name else [x])
     return theirs
 
 
-# What a config.json may say besides: anything (...) where it does not change the function, else one of these values.
+# What else a config.json may say: anything (...) where it does not change the function, else one of these values.
 HF_SAYS = {
     **dict.fromkeys(("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
                      "_name_or_path", "nanoscale_tokenizer", "tokenizer_class", "bos_token_id", "eos_token_id",
                      "pad_token_id", "unk_token_id", "use_cache", "initializer_range", "attention_dropout",
                      "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
                      "experts_implementation", "id2label", "label2id", "is_llama_config", "transformers.js_config",
-                     "rope_parameters", "rope_scaling"), ...),  # hf_rope reads the last two
-    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,),
-    "partial_rotary_factor": (1, None), "rope_interleaved": (False,), "quantization_config": (None,)}
+                     "rope_parameters", "rope_scaling"), ...),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved"), (False,)), "hidden_act": ("silu", "swish"),
+    **dict.fromkeys(("sliding_window", "quantization_config"), (None,)), "rope_type": ("default",),
+    "type": ("default",), "partial_rotary_factor": (1, None)}
 HF_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6,
-                   rope_theta=10000.0)  # Llama's
+                   rope_theta=10000.0, tie_word_embeddings=False)  # Llama's
 
 
 def from_hf(said):
@@ -270,13 +253,19 @@ def from_hf(said):
     if kind != "llama" and not (ours and kind in ["mixtral", "nanoscale"]):  # it may be a list, which cannot be hashed
         raise ConfigError(f"model_type is {kind!r}; nanoScale reads Llamas and the folders that export.py wrote")
     names = hf_settings(kind)
-    for name, value in said.items():
+    # RoPE's settings are in dicts of their own, in transformers 5 and 4, or among the others
+    pairs = [pair for part in ("rope_scaling", "rope_parameters") for pair in (said.get(part) or {}).items()]
+    pairs += said.items()
+    for name, value in pairs:
         known = ... if name in names.values() else HF_SAYS.get(name)
         if known is None or name == "auto_map" and not ours:
             raise ConfigError(f"nanoScale does not know {name} {value!r}; if it changes nothing, delete the line")
         if known is not ... and value not in known:
             raise ConfigError(f"its {name} is {value!r}, and in nanoScale's models it is {known[0]!r}")
-    said = {"tie_word_embeddings": False, **({} if ours else HF_DEFAULTS), **said, **hf_rope(said)}
+    bases = [value for name, value in pairs if name == "rope_theta"]
+    if any(base != bases[0] for base in bases):
+        raise ConfigError(f"it has several values of rope_theta: {', '.join(map(repr, bases))}; keep one")
+    said = HF_DEFAULTS | dict(pairs)
     told = {mine: check(theirs, said[theirs], TYPES[mine]) for mine, theirs in names.items()
             if said[theirs] is not None or theirs not in ("num_key_value_heads", "head_dim")}  # null: by the shape
     made = GPTConfig(**told)
@@ -284,22 +273,6 @@ def from_hf(said):
         if getattr(made, mine) != value:  # 0 and "same" only have a meaning in our settings
             raise ConfigError(f"its {names[mine]} is {value!r}, which no model can have")
     return made
-
-
-def hf_rope(said):
-    """{"rope_theta": …}, wherever a config.json says it. Raises ConfigError for other kinds of RoPE."""
-    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-    bases = [said["rope_theta"]] if "rope_theta" in said else []
-    for name in ("rope_parameters", "rope_scaling"):  # transformers 5's and 4's
-        for key, value in (said.get(name) or {}).items():
-            if key == "rope_theta":
-                bases.append(value)
-            elif key not in plain or value != plain[key]:
-                raise ConfigError(f"its {name} says {key} {value!r}, and nanoScale's models have plain RoPE")
-    bases = {check("rope_theta", base, TYPES["rope_theta"]) for base in bases}
-    if len(bases) > 1:
-        raise ConfigError(f"it has several values of rope_theta: {', '.join(map(str, sorted(bases)))}")
-    return {"rope_theta": base for base in bases}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -342,37 +315,34 @@ def read_tensors(folder):
     for name, x in tensors.items():
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ConfigError(f"{name} is {x.dtype}; nanoScale does not read quantised weights")
-    try:
-        with torch.device("meta"):
-            model = GPT(config)
-        wanted = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
-    except (RuntimeError, OverflowError, TypeError):  # more than 2⁶³
-        wanted = 2**63
+    # a model that is much larger than its weights could take all memory, or be larger than torch can count
+    ffn = config.n_experts * config.expert_dim + config.shared_dim or config.ffn_dim
+    block = config.n_embd * (2 * config.n_head * config.d_head + 3 * ffn)
+    wanted = config.vocab_size * config.n_embd + config.n_layer * block + config.block_size * config.d_head
     found = sum(x.numel() for x in tensors.values())
-    if wanted > 2 * found + 2**28:  # 1 GB for RoPE's tables, and what may be tied
-        raise ConfigError(f"config.json asks for {wanted:,} numbers, and the weights are {found:,}")
+    if wanted > 2 * found + 2**28:
+        raise ConfigError(f"config.json asks for at least {wanted:,} numbers, and the weights are {found:,}")
     return rename_from_hf(tensors, read_json(Path(folder, "config.json"))["model_type"], config)
 
 
 def rename_from_hf(tensors, kind, config):
     """Our names for the tensors of a Hugging Face folder. Raises ConfigError."""
     left, ours = dict(tensors), {}
-    for name, theirs in hf_names(kind, config.n_layer).items():
-        each = [theirs.format(e=e) for e in range(config.n_experts)] if "{e}" in theirs else [theirs]
-        found = [left.pop(x).float() for x in each if x in left]
-        if found and (len(found) < len(each) or len({x.shape for x in found}) > 1):
-            raise ConfigError(f"{each[0]} and those of the other experts are not {len(each)} tensors of one shape")
+    for name, theirs in hf_names(kind, config).items():
+        found = [left.pop(x).float() for x in theirs if x in left]
+        if found and (len(found) < len(theirs) or len({x.shape for x in found}) > 1):
+            raise ConfigError(f"{theirs[0]} and those of the other experts are not {len(theirs)} tensors of one shape")
         if found:
-            ours[name] = torch.stack(found) if "{e}" in theirs else found[0]
+            ours[name] = torch.stack(found) if ".experts." in name else found[0]
     for name in left:
         if not name.endswith("rotary_emb.inv_freq"):  # old Llamas store this table, which rope_theta gives
             raise ConfigError(f"nanoScale's models have no {name}")
-    if config.tie_embeddings and "lm_head" in ours and not torch.equal(ours.pop("lm_head"), ours.get("wte")):
-        raise ConfigError("config.json ties lm_head to the token table, and the file has another lm_head; "
-                          "correct tie_word_embeddings")
-    if not config.tie_embeddings and "lm_head" not in ours:  # transformers makes up a random one
-        raise ConfigError("there is no lm_head.weight; if it is the token table, "
-                          "set tie_word_embeddings to true in config.json")
+    head = ours.get("lm_head")
+    if config.tie_embeddings and head is not None and torch.equal(head, ours.get("wte", head)):
+        del ours["lm_head"]
+    if config.tie_embeddings == ("lm_head" in ours):  # transformers would take either, or make up a random one
+        raise ConfigError(f"config.json says tie_word_embeddings {config.tie_embeddings}, and there is "
+                          f"{'another' if config.tie_embeddings else 'no'} lm_head.weight; correct tie_word_embeddings")
     return ours
 
 
@@ -407,8 +377,7 @@ def open_model(path):
 # ---------------------------------------------------------------------------------------------------------------
 # train.py --init_from
 
-SHAPE = ("arch", "n_layer", "n_head", "n_kv_head", "d_head", "n_embd", "ffn_dim", "vocab_size", "tie_embeddings",
-         "rope_theta", "norm_eps", "n_experts", "experts_per_token", "expert_dim", "shared_dim", "router")
+SHAPE = ("arch", *(name for name in HF_SETTINGS if name != "block_size"), *MIXTURE)
 
 
 def adopt(s):

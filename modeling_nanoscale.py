@@ -10,7 +10,7 @@ runs on transformers 4.57 to 5.24. For PEFT, name the modules: target_modules=["
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,39 +21,32 @@ from transformers.models.llama import modeling_llama as llama
 CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
 
 
-class NanoScaleConfig(PretrainedConfig):
-    """
-    Llama's settings, and nanoScale's under their own names.
-
-    attn_placement (of q and k), v_placement, ffn_placement, head_placement: 'input' is no norm after the branches,
-        'norm' one without a scale vector, 'dual_norm' one with a scale vector (for v and up it is in the next matrix).
-        Where all branches of a sublayer have a norm, none stands before them.
-    arch: 'gemma' adds a norm after each sublayer. qk_norm: norms of q and k, whose γ all heads share.
-    qkv_norm: norms of q, k and v are over each 'head', or over the 'full' width. scale_vectors: False for none.
-    n_experts: 0 for a dense model. shared_dim: width of the expert that every token goes through, 0 for none.
-    router: the weights of the chosen experts are a 'softmax' over them, their part of a softmax over all
-        ('softmax_all'), or a 'sigmoid' divided by its sum over them.
-    """
+class NanoScaleConfig(llama.LlamaConfig):
+    """Llama's settings, and nanoScale's under their own names."""
 
     model_type = "nanoscale"
-    keys_to_ignore_at_inference = [CACHE]
+    base_model_tp_plan = None  # Llama's would split the channels that a norm covers
 
-    defaults = dict(
-        vocab_size=256, hidden_size=128, intermediate_size=341, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=32, max_position_embeddings=256, rope_theta=10000.0, rms_norm_eps=1e-6,
-        initializer_range=0.02, use_cache=True, arch="llama", attn_placement="input", v_placement="input",
-        ffn_placement="input", head_placement="input", qkv_norm="head", qk_norm=False, scale_vectors=True, n_experts=0,
-        experts_per_token=2, expert_dim=0, shared_dim=0, router="softmax")
+    arch: str = "llama"  # 'gemma' adds norms of q and k, and one after each sublayer
+    # The norms after branches: 'input' is none, 'dual_norm' one with a scale vector, 'norm' one without. The vectors of
+    # v and up are in the next matrix. Where all branches of a sublayer have a norm, none stands before them.
+    attn_placement: str = "input"  # of q and k
+    v_placement: str = "input"
+    ffn_placement: str = "input"  # of gate and up
+    head_placement: str = "input"
+    qkv_norm: str = "head"  # norms of q, k and v are over each 'head', or over the 'full' width
+    qk_norm: bool = False  # norms of q and k, whose γ all heads share
+    scale_vectors: bool = True  # False for none
+    n_experts: int = 0  # 0 for a dense model
+    experts_per_token: int = 2
+    expert_dim: int = 0
+    shared_dim: int = 0  # width of the expert that every token goes through; 0 for none
+    # Weights of the chosen experts: a 'softmax' over them, their part of a softmax over all ('softmax_all'), or a
+    # 'sigmoid' divided by its sum over them.
+    router: str = "softmax"
 
-    def __init__(self, tie_word_embeddings=False, **kwargs):
-        for name, default in self.defaults.items():
-            setattr(self, name, kwargs.pop(name, default))
-        # what Llama's layers look for; transformers 4 reads rope_theta, and 5 rope_parameters
-        self.rope_theta = (kwargs.get("rope_parameters") or {}).get("rope_theta", self.rope_theta)
-        kwargs.update(hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0,
-                      rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta})
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
-
+    def validate(self):
+        pass  # in transformers 5, Llama's wants the heads to divide the width
 
 class NanoScaleRMSNorm(nn.Module):
     """γ ⊙ x / sqrt(mean(x²) + ε), in fp32. group: channels that the mean is over. n: length of γ; 0 is no γ."""
@@ -71,11 +64,12 @@ class NanoScaleRMSNorm(nn.Module):
         return wide.flatten(-2).to(x.dtype)
 
 
-def norm_after(placement, n, group=None, own_u=True):
+def norm_after(config, placement, n, group=None, own_u=True):
     """The norm after a branch of width n, or nothing. own_u: False where u is in the next matrix."""
     if placement == "input":
         return nn.Identity()
-    return NanoScaleRMSNorm(group or n, 1e-16, n if own_u and placement == "dual_norm" else 0)  # ε: see norms.py
+    scaled = own_u and placement == "dual_norm" and config.scale_vectors
+    return NanoScaleRMSNorm(group or n, 1e-16, n if scaled else 0)  # ε: see norms.py
 
 
 class NanoScaleAttention(llama.LlamaAttention):
@@ -83,9 +77,9 @@ class NanoScaleAttention(llama.LlamaAttention):
         super().__init__(config, layer_idx)
         nq, nkv = self.q_proj.out_features, self.k_proj.out_features
         head = config.head_dim if config.qkv_norm == "head" else None
-        self.q_norm = norm_after(config.attn_placement, nq, head)
-        self.k_norm = norm_after(config.attn_placement, nkv, head)
-        self.v_norm = norm_after(config.v_placement, nkv, head, own_u=False)
+        self.q_norm = norm_after(config, config.attn_placement, nq, head)
+        self.k_norm = norm_after(config, config.attn_placement, nkv, head)
+        self.v_norm = norm_after(config, config.v_placement, nkv, head, own_u=False)
         if (config.arch == "gemma" or config.qk_norm) and config.attn_placement == "input":
             self.q_norm, self.k_norm = (
                 NanoScaleRMSNorm(group, config.rms_norm_eps, group if config.scale_vectors else 0)
@@ -99,12 +93,10 @@ class NanoScaleAttention(llama.LlamaAttention):
         q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, {"cache_position": kwargs.get("cache_position")})
-        kind, mask, attend = self.config._attn_implementation, attention_mask, llama.eager_attention_forward
+        kind, attend = self.config._attn_implementation, llama.eager_attention_forward
         if kind not in (None, "eager"):
             attend = ALL_ATTENTION_FUNCTIONS[kind]
-        elif mask is not None and mask.dtype == torch.bool:  # Llama's eager attention would add True and False
-            mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
-        y, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(y.reshape(B, T, -1)), weights
 
 
@@ -114,8 +106,8 @@ class NanoScaleMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, m, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, m, bias=False)
         self.down_proj = nn.Linear(m, config.hidden_size, bias=False)
-        self.gate_norm = norm_after(config.ffn_placement, m)
-        self.up_norm = norm_after(config.ffn_placement, m, own_u=False)
+        self.gate_norm = norm_after(config, config.ffn_placement, m)
+        self.up_norm = norm_after(config, config.ffn_placement, m, own_u=False)
 
     def forward(self, h):
         return self.down_proj(F.silu(self.gate_norm(self.gate_proj(h))) * self.up_norm(self.up_proj(h)))
@@ -185,7 +177,7 @@ class NanoScaleHead(nn.Linear):
 
     def __init__(self, config):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
-        self.norm = norm_after(config.head_placement, config.vocab_size)
+        self.norm = norm_after(config, config.head_placement, config.vocab_size)
 
     def forward(self, h):
         return self.norm(super().forward(h))
@@ -199,10 +191,6 @@ class NanoScalePreTrainedModel(llama.LlamaPreTrainedModel):
     def post_init(self):
         super().post_init()
         self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # 4.57's post_init knows only parameters
-
-    @classmethod
-    def _can_set_attn_implementation(cls):  # theirs searches this file for a phrase, which depends on the version
-        return True
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 
 import pytest
@@ -15,7 +15,6 @@ import torch
 from conftest import ROOT
 
 import export
-import hf
 from configurator import ConfigError, configure
 from data.tokens import DataError, load_tokenizer
 from export import arguments, main, write_tokenizer
@@ -162,25 +161,6 @@ def test_a_new_operation_in_the_model_is_refused(flags, tmp_path, monkeypatch):
     config, tensors = fold(model)
     with pytest.raises(ConfigError, match="does not know the parameter blocks.0.attn.new_scale"):
         hf_tensors(hf_type(config, tensors), config, tensors)
-
-
-@dataclass
-class NewConfig(GPTConfig):
-    o_norm: bool = False
-
-
-def test_a_new_setting_or_value_is_refused(monkeypatch):
-    monkeypatch.setattr(hf, "GPTConfig", NewConfig)
-    shape = dict(n_layer=1, n_embd=32, n_experts=3, expert_dim=8)
-    config, tensors = fold(GPT(NewConfig(**shape, router_aux=0.5, reparam="or", dtype="float64")))
-    assert hf_type(config, tensors) == "mixtral"
-    for name, value in dict(o_norm=True, arch="palm", qkv_norm="none", router="hash", head_placement="triple").items():
-        with pytest.raises(ConfigError, match=f"neither hf.py nor modeling_nanoscale.py knows {name}={value!r}"):
-            hf_type(replace(config, **{name: value}), tensors)
-    model = GPT(NewConfig(**shape))
-    model.config.ffn_placement = "triple"
-    with pytest.raises(ConfigError, match="does not know this placement"):
-        fold(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -137,9 +137,9 @@ REFUSED = [
     (dict(rope_interleaved=True), "its rope_interleaved is True"), (dict(hidden_act="gelu"), "its hidden_act is"),
     (dict(attention_bias=True), "its attention_bias is True"), (dict(mlp_bias=True), "its mlp_bias is True"),
     (dict(quantization_config={"bits": 4}), "its quantization_config is"),
-    (dict(rope_theta=500.0), "several values of rope_theta: 500.0, 10000.0"),
-    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "its rope_parameters says full_attention"),
-    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "its rope_scaling says rope_type 'llama3'"),
+    (dict(rope_theta=500.0), "several values of rope_theta: 10000.0, 500.0; keep one"),
+    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "does not know full_attention"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "its rope_type is 'llama3'"),
     (dict(rope_parameters={"rope_theta": None}), "rope_theta must be a float"), (dict(rope_scaling=5), "config.json: "),
     (dict(rms_norm_eps="1e-6"), "rms_norm_eps must be a float"), (dict(hidden_size=None), "hidden_size must be an int"),
     (dict(tie_word_embeddings=None), "tie_word_embeddings must be True or False"),
@@ -215,9 +215,9 @@ def test_what_is_damaged_is_refused_in_one_line(damage, flags, message, transfor
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(num_key_value_heads=...), "'num_key_value_heads' is missing"), (dict(head_dim=...), "'head_dim' is missing"),
-    (dict(rope_theta=3e4), "several values of rope_theta"), (dict(rope_scaling={"type": "linear"}), "type 'linear'"),
-    (dict(rms_norm_eps=...), "'rms_norm_eps' is missing"), (dict(ffn_placement="same"), "its ffn_placement is 'same'"),
+    (dict(num_key_value_heads=..., head_dim=..., n_experts=...), "'n_experts' is missing"),
+    (dict(rope_theta=3e4), "several values of rope_theta"), (dict(router=...), "'router' is missing"),
+    (dict(rope_scaling={"type": "linear"}), "its type is 'linear'"), (dict(ffn_placement="same"), "its ffn_placement is 'same'"),
     (dict(head_placement="triple"), "head_placement must be one of"), (dict(arch="palm"), "arch must be one of"),
     (dict(router="hash"), "router must be one of"), (dict(colour="red"), "does not know colour 'red'"),
     (dict(placement="norm"), "does not know placement"), (dict(nanoscale_tokenizer=["bytes"]), "must be a string"),
@@ -308,9 +308,9 @@ def test_heads_are_tied_by_the_config_and_the_file_alike(transformers, tmp_path)
 
     assert said(True, "none") and said(True, "the table")
     assert not said(False, "another") and not said(False, "the table")
-    with pytest.raises(ConfigError, match="the file has another lm_head; correct tie_word_embeddings"):
+    with pytest.raises(ConfigError, match="tie_word_embeddings True, and there is another lm_head.weight; correct tie"):
         said(True, "another")  # transformers 4 takes the table, and 5 the head
-    with pytest.raises(ConfigError, match="there is no lm_head.weight; if it is the token table, set tie_word"):
+    with pytest.raises(ConfigError, match="tie_word_embeddings False, and there is no lm_head.weight; correct tie"):
         said(False, "none")  # transformers makes one up at random
 
 
