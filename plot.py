@@ -3,13 +3,13 @@ Draw runs of train.py, or the results of ablate.py:
 
     python plot.py out/baseline out/unified    loss differences to the first run, and every γ, from the runs' logs
     python plot.py results/figure5             every picture that its CSVs have data for, in that folder
-    python plot.py results/* --gamma HG        the γ of this arm, not of the one with the most scale parameters
+    python plot.py results/figure5 --gamma HG  the γ of this arm, not of the one with the most scale vectors
 
 curves     loss differences to the reference over tokens; one panel per reference
 ablation   the differences at the end with their intervals, sorted; one panel per reference
 scaling    the differences over compute, where arms are named 'strategy at size'
 gammas     every γ of one arm over time, by layer and branch
-magnitudes how long the vectors of each place are over time, by arm
+magnitudes the length of the vectors of each place over time, by arm
 
 Each is a PNG and two SVGs, for light and dark pages. Pictures of runs go to the first run's folder, or to --out FOLDER.
 """
@@ -74,16 +74,76 @@ def draw(folder, makers):
         print(f"{readable(folder)}/{name}.png, {name}_light.svg and {name}_dark.svg")
 
 
-def finite(text):
-    """The number in a CSV's field; None for an empty one, and for what a run that diverged leaves."""
-    try:
-        return float(text) if math.isfinite(float(text)) else None
-    except (TypeError, ValueError):
-        return None
+# ---------------------------------------------------------------------------------------------------------------
+# parts of a picture
+
+
+def new_figure(text, n, columns, height, **kw):
+    """A Figure with a title and n axes, `columns` to a row of `height` inches. kw: for Figure.subplots."""
+    rows = -(-n // columns)
+    figure = Figure(figsize=(WIDTH, 0.9 + height * rows))
+    figure.suptitle(readable(text), x=0.01, ha="left", fontsize=10, wrap=True)
+    axes = figure.subplots(rows, columns, squeeze=False, **kw).ravel()
+    for ax in axes[n:]:
+        ax.set_visible(False)
+    return figure, axes[:n]
+
+
+def line(ax, i, x, mean, sd=0.0, **kw):
+    """A line in the i-th colour, with a band of ± sd."""
+    ax.plot(x, mean, color=colour(i), linestyle=("-", "--", ":")[i // 8 % 3], marker="." if len(x) < 6 else None, **kw)
+    ax.fill_between(x, mean - sd, mean + sd, color=colour(i), alpha=0.15, linewidth=0)
+
+
+def compare_lines(ax, lines, start=None, marks=()):
+    """
+    {name: (x, mean, sd), or None} as lines with their names at their ends. The axis is fitted to `marks`, to `start`,
+    the value that all lines begin with, and to all but the first fifth of the lines, where losses are far larger.
+    """
+    ends, reach = [], [*marks] if start is None else [start, *marks]
+    for i, (name, values) in enumerate(lines.items()):
+        if values is None:
+            continue
+        x, mean, sd = values
+        line(ax, i, x, mean, sd)
+        ends.append((mean[-1], name, colour(i)))
+        late = x >= x[-1] / 5
+        reach += [*(mean - sd)[late], *(mean + sd)[late]]
+    margin = 0.1 * (max(reach) - min(reach)) or 0.001
+    low, high = min(reach) - margin, max(reach) + margin
+    ax.set_ylim(low, high)
+    if start is not None:
+        ax.axhline(start, color=rcParams["text.color"], linewidth=0.8)
+    last, placed = -math.inf, []
+    for y, name, c in sorted(ends):
+        last = max(y, last + 0.08 * (high - low))  # without overlap
+        placed.append((last, y, name, c))
+    shift = sum(at - y for at, y, _, _ in placed) / len(placed)
+    for at, _, name, c in placed:
+        ax.annotate(readable(name), (1, at - shift), xycoords=("axes fraction", "data"), xytext=(6, 0), color=c,
+                    textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
+
+
+def tokens_axis(ax):
+    ax.set_xlabel("tokens")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
+
+
+def ring(ax, x, y, i):
+    """Where the paper's number lies."""
+    ax.plot(x, y, "o", color=colour(i), markerfacecolor="none", markersize=7, clip_on=False)
+
+
+def explain(figure, text, paper):
+    """A caption, and what a ring is, if there are any."""
+    figure.supxlabel(text, fontsize=8)
+    if paper:
+        ring = Line2D([], [], marker="o", linestyle="", color=rcParams["text.color"], markerfacecolor="none")
+        figure.legend([ring], [f"paper, {next(iter(paper.values()))[0]}"], loc="outside lower right")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# the comparison
+# losses
 
 
 def panels(names, arms):
@@ -102,55 +162,22 @@ def finding(compared):
     if len(tested) == 1:
         (name, a), = tested.items()
         return (f"{name} is {a['verdict']} than {a['reference']} by {abs(a['delta']):.4f} nats"
-                if a["verdict"] != "not significant" else f"No significant difference of {name} to {a['reference']}")
+                if a["verdict"] != "not significant" else f"{name} does not differ significantly from {a['reference']}")
     said = []
     for verdict in ("better", "worse", "not significant"):
-        names = sorted((name for name in tested if tested[name]["verdict"] == verdict),
-                       key=lambda name: tested[name]["delta"])
-        if names:
+        if names := [name for name in tested if tested[name]["verdict"] == verdict]:
+            names.sort(key=lambda name: tested[name]["delta"])
             few = len(names) < 5 and not any("," in name for name in names)
             said.append(f"{verdict}: {', '.join(names) if few else f'{len(names)} of {len(tested)}'}")
-    said[0] = said[0][0].upper() + said[0][1:]
-    return "; ".join(said)
-
-
-def title(figure, text):
-    figure.suptitle(readable(text), x=0.01, ha="left", fontsize=10, wrap=True)
-
-
-def grid_of(figure, n, columns):
-    """n axes, `columns` to a row."""
-    axes = figure.subplots(-(-n // columns), columns, squeeze=False).ravel()
-    for ax in axes[n:]:
-        ax.set_visible(False)
-    return axes[:n]
-
-
-def label_ends(ax, ends, reach=None, height=2.6):
-    """
-    Fit the axis to the values of `reach` and mark 0, if there are any; then write each name at the end of its line,
-    without overlap. ends: (y, name, colour). height: of the panel, in inches.
-    """
-    if reach:
-        margin = 0.1 * (max(reach) - min(reach)) or 0.001
-        ax.set_ylim(min(reach) - margin, max(reach) + margin)
-        ax.axhline(0, color=rcParams["text.color"], linewidth=0.8)
-    low, high = ax.get_ylim()
-    gap, last, placed = 0.14 * (high - low) / height, -math.inf, []
-    for y, name, c in sorted(ends):
-        last = max(y, last + gap)
-        placed.append((last, y, name, c))
-    shift = sum(at - y for at, y, _, _ in placed) / len(placed)
-    for at, _, name, c in placed:
-        ax.annotate(readable(name), (1, at - shift), xycoords=("axes fraction", "data"), xytext=(6, 0), color=c,
-                    textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
+    text = "; ".join(said)
+    return text[0].upper() + text[1:]
 
 
 def by_seed(curves, column="val_loss"):
     """{arm: (tokens (k,), losses (seeds, k))} from rows of logs, at the steps that all seeds have a number for."""
     runs = defaultdict(lambda: defaultdict(dict))
     for row in curves:
-        if (value := finite(row.get(column))) is not None:
+        if math.isfinite(value := float(row.get(column) or "nan")):
             runs[row["arm"]][row["seed"]][int(row["tokens"])] = value
     found = {}
     for arm, seeds in runs.items():
@@ -160,69 +187,49 @@ def by_seed(curves, column="val_loss"):
 
 
 def differences(arms, losses):
-    """{arm: (tokens (k,), differences to its reference (seeds, k))}, without step 0, where there are any."""
+    """
+    {arm: (tokens (k,), mean (k,), standard deviation)} of its differences to its reference over the seeds, without
+    step 0, where there are any.
+    """
     found = {}
     for name, a in arms.items():
         if name in losses and a["reference"] in losses:
-            here, there = losses[name], losses[a["reference"]]
-            tokens = np.intersect1d(here[0], there[0])
+            (here, ours), (there, theirs) = losses[name], losses[a["reference"]]
+            tokens = np.intersect1d(here, there)
             tokens = tokens[tokens > 0]
             if len(tokens):
-                found[name] = tokens, (here[1][:, np.isin(here[0], tokens)] - there[1][:, np.isin(there[0], tokens)])
+                values = ours[:, np.isin(here, tokens)] - theirs[:, np.isin(there, tokens)]
+                found[name] = tokens, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
     return found
 
 
 def curves(arms, found, paper):
-    """A panel per reference: differences() over tokens. paper: {(arm, reference): (model, nats)}."""
+    """A panel per reference: differences() over tokens. paper: {arm: (model, nats)}."""
     groups = panels(found, arms)
-    columns = min(2, len(groups))
-    figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * -(-len(groups) // columns)))
-    marked = []
-    for ax, (reference, names) in zip(grid_of(figure, len(groups), columns), groups.items()):
-        ends, reach = [], [0.0]
+    figure, axes = new_figure(finding({name: arms[name] for name in found}), len(groups), min(2, len(groups)), 2.6)
+    for ax, (reference, names) in zip(axes, groups.items()):
+        marks = [paper[name][1] for name in names if name in paper]
+        compare_lines(ax, {name: found[name] for name in names}, 0.0, marks)
         for i, name in enumerate(names):
-            tokens, values = found[name]
-            mean, sd = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
-            ax.plot(tokens, mean, color=colour(i), marker="." if len(tokens) < 6 else None)
-            ax.fill_between(tokens, mean - sd, mean + sd, color=colour(i), alpha=0.15, linewidth=0)
-            ends.append((mean[-1], name, colour(i)))
-            reach += mean[tokens >= tokens[-1] / 5].tolist()  # differences of the first steps are far larger
-            if (name, reference) in paper:
-                model, number = paper[name, reference]
-                ax.plot(tokens[-1], number, "o", color=colour(i), markerfacecolor="none", clip_on=False)
-                marked, reach = [model], [*reach, number]
-        label_ends(ax, ends, reach)
+            if name in paper:
+                ring(ax, found[name][0][-1], paper[name][1], i)
         ax.set_title(f"minus {readable(reference)}, nats")
-        ax.set_xlabel("tokens")
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
-    several = any(len(values) > 1 for _, values in found.values())
-    title(figure, finding({name: arms[name] for name in found}))
-    figure.supxlabel("Validation loss minus the reference's"
-                     + (", mean over pairs of equal seed; bands: their standard deviation" if several else ""),
-                     fontsize=8)
-    explain_paper(figure, marked)
+        tokens_axis(ax)
+    text = "Validation loss minus the reference's"
+    if any(np.ndim(sd) for _, _, sd in found.values()):
+        text += ", mean over pairs with the same seed; bands: their standard deviation"
+    explain(figure, text, paper)
     return figure
 
 
-def explain_paper(figure, marked):
-    if marked:
-        ring = Line2D([], [], marker="o", linestyle="", color=rcParams["text.color"], markerfacecolor="none")
-        figure.legend([ring], [f"paper, {marked[0]}"], loc="outside lower right")
-
-
 def loss_of_one_run(name, log):
-    """Training and validation loss of a run that is compared with none."""
-    figure = Figure(figsize=(WIDTH, 3.2))
-    ax = figure.subplots()
-    for column, width, alpha in (("train_loss", 0.7, 0.4), ("val_loss", 1.4, 1.0)):
-        for tokens, (values,) in by_seed(log, column).values():
-            ax.plot(tokens, values, color=colour(0), linewidth=width, alpha=alpha)
-    later = values[tokens >= tokens[-1] / 5]  # the fall from log(vocabulary) would flatten the rest
-    margin = 0.1 * np.ptp(later) or 0.1
-    ax.set_ylim(later.min() - margin, later.max() + margin)
-    ax.set_title(f"{readable(name)} ends at {values[-1]:.4f} nats (faint: training loss)")
-    ax.set_xlabel("tokens")
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    """Training and validation loss of a run that is not compared with another."""
+    lines = {column: (tokens, values[0], 0.0) for column in ("val_loss", "train_loss")
+             for tokens, values in by_seed(log, column).values()}
+    figure, (ax,) = new_figure(f"{name} ends at {lines['val_loss'][1][-1]:.4f} nats", 1, 1, 2.6)
+    compare_lines(ax, lines)
+    ax.set_title("nats")
+    tokens_axis(ax)
     return figure
 
 
@@ -230,10 +237,9 @@ def ablation(arms, compared, paper):
     """A panel per reference: the arms' differences at the end, the best at the top."""
     groups = {reference: sorted(names, key=lambda name: arms[name]["delta"])
               for reference, names in panels(compared, arms).items()}
-    figure = Figure(figsize=(WIDTH, 1.2 + sum(0.55 + 0.27 * len(names) for names in groups.values())))
-    axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False,
-                           height_ratios=[1 + len(names) for names in groups.values()])[:, 0]
-    marked = []
+    heights = [0.55 + 0.27 * len(names) for names in groups.values()]
+    figure, axes = new_figure(finding(compared), len(groups), 1, sum(heights) / len(groups), sharex=True,
+                              height_ratios=heights)
     for ax, (reference, names) in zip(axes, groups.items()):
         spread = mean_and_half_width(list(arms[reference]["losses"].values()))[1]
         if spread:
@@ -243,57 +249,47 @@ def ablation(arms, compared, paper):
             a = arms[name]
             ax.errorbar(a["delta"], y, xerr=a["half"], fmt="s", color=colour(0), capsize=3, markersize=5,
                         markerfacecolor=colour(0) if a["verdict"] != "not significant" else rcParams["axes.facecolor"])
-            if (name, reference) in paper:
-                marked = [paper[name, reference][0]]
-                ax.plot(paper[name, reference][1], y, "o", color=colour(1), markerfacecolor="none", markersize=7)
+            if name in paper:
+                ring(ax, paper[name][1], y, 1)
         ax.axvline(0, color=rcParams["text.color"], linewidth=0.8)
         ax.set_yticks(range(len(names)), [readable(name) for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(False, axis="y")
         ax.set_title(f"minus {readable(reference)}")
     pairs = sorted({a["pairs"] for a in compared.values()})
-    title(figure, finding(compared))
-    figure.supxlabel(f"Difference in validation loss, nats, over {' or '.join(map(str, pairs))} paired seeds; bars: "
-                     "intervals, corrected; filled: significant.\nGrey: how far the reference's mean over as many "
-                     "other seeds may lie from its own.", fontsize=8)
-    explain_paper(figure, marked)
+    explain(figure, f"Difference in validation loss, nats, over {' or '.join(map(str, pairs))} paired seeds; bars: "
+                    "corrected intervals; filled: significant.\nGrey: how far the reference's mean may move with as "
+                    "many other seeds.", paper)
     return figure
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# scaling
 
 
 def scaling(arms, fits):
     """Paired differences over compute with their intervals, and the difference of the fits."""
-    figure = Figure(figsize=(WIDTH, 3.8))
-    ax = figure.subplots()
     reference, *others = fits
-    titles, ends, reach = [], [], [0.0]
+    said, lines, reach = [], {}, []
+    for strategy in others:
+        if fits[strategy]["ratio"]:
+            ratio, low, high = fits[strategy]["ratio"]
+            said.append(f"no significant saving of compute by {strategy}" if low <= 1 <= high else
+                        f"the {reference} needs {ratio:.2f} times ({low:.2f} … {high:.2f}) the compute of {strategy}")
+    figure, (ax,) = new_figure("Fits: " + "; ".join(said), 1, 1, 2.9)
     for i, strategy in enumerate(others):
-        fit, largest = fits[strategy], max(m["flops"] for m in fits[strategy]["members"])
+        flops = [m["flops"] for m in fits[strategy]["members"]]
         for name, a in arms.items():
             if name.partition(" at ")[0] == strategy and "delta" in a:
                 ax.errorbar(a["flops"], a["delta"], yerr=a["half"], fmt="o", color=colour(i), capsize=3,
                             markerfacecolor=rcParams["axes.facecolor"] if "," in name else colour(i))
-                half = (a["half"] or 0.0) if a["flops"] == largest else 0.0  # the smallest sizes' would hide the rest
+                half = (a["half"] or 0.0) if a["flops"] == max(flops) else 0.0  # those of small sizes hide the rest
                 reach += [a["delta"] - half, a["delta"] + half]
-        c = np.geomspace(min(m["flops"] for m in fit["members"]), largest, 100)
-        (a, b), (a0, b0) = fit["fit"], fits[reference]["fit"]
-        difference = a * (c / PF_DAY) ** -b - a0 * (c / PF_DAY) ** -b0
-        ax.plot(c, difference, color=colour(i))
-        ends.append((difference[-1], strategy, colour(i)))
-        if fit["ratio"]:
-            ratio, low, high = fit["ratio"]
-            titles.append(f"no significant saving of compute by {strategy}" if low <= 1 <= high else
-                          f"the {reference} needs {ratio:.2f} times ({low:.2f} … {high:.2f}) the compute of {strategy}")
-    label_ends(ax, ends, reach)
+        c = np.geomspace(min(flops), max(flops), 100)
+        (a, b), (a0, b0) = fits[strategy]["fit"], fits[reference]["fit"]
+        lines[strategy] = c, a * (c / PF_DAY) ** -b - a0 * (c / PF_DAY) ** -b0, 0.0
+    compare_lines(ax, lines, 0.0, reach)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"1e{math.log10(x):.0f}"))
     ax.xaxis.set_minor_formatter("")
     ax.set_xlabel("training compute, FLOPs (hollow: another number of tokens per parameter, not fitted)")
     ax.set_title(f"validation loss minus {readable(reference)}'s, nats; line: difference of the fits L = a C^(−b)")
-    title(figure, "Fits: " + "; ".join(titles))
     return figure
 
 
@@ -316,8 +312,8 @@ def gamma_series(scales):
     """{(layer, site, branch): {column: (k,)}} of one run's scales.csv, with 'step'; rows without a number are left."""
     rows = defaultdict(list)
     for row in scales:
-        values = {column: finite(row[column]) for column in ("step", "mean", "std", "norm")}
-        if None not in values.values():
+        values = {column: float(row[column]) for column in ("step", "mean", "std", "norm")}
+        if all(map(math.isfinite, values.values())):
             rows[place(row["name"])].append(values)
     return {key: {c: np.array([row[c] for row in group]) for c in group[0]} for key, group in rows.items()}
 
@@ -327,45 +323,40 @@ def gammas(arm, series):
     layers = sorted({layer for layer, _, _ in series if layer is not None}) or [None]
     shown = layers if len(layers) <= 6 else [layers[round(i * (len(layers) - 1) / 5)] for i in range(6)]
     sites = list(dict.fromkeys(site for _, site, _ in series))
-    figure = Figure(figsize=(WIDTH, 0.9 + 1.45 * len(sites)))
-    axes = figure.subplots(len(sites), len(shown), sharex=True, sharey="row", squeeze=False)
-    for row, site in zip(axes, sites):
-        layered = any(key[1] == site and key[0] is not None for key in series)
-        for ax, layer in zip(row, shown if layered else [None]):
-            for i, key in enumerate(key for key in series if key[:2] == (layer, site)):
-                s = series[key]
-                ax.plot(s["step"], s["mean"], color=colour(i), label=key[2])
-                ax.fill_between(s["step"], s["mean"] - s["std"], s["mean"] + s["std"], color=colour(i), alpha=0.15,
-                                linewidth=0)
-        for ax in row[1:] if not layered else ():
-            ax.set_visible(False)
+    figure, axes = new_figure(f"{arm}: γ over steps, mean and standard deviation over channels",
+                              len(sites) * len(shown), len(shown), 1.45, sharex=True, sharey="row")
+    rows = axes.reshape(len(sites), len(shown))
+    for row, site in zip(rows, sites):
+        for ax, layer in zip(row, shown):  # what is in no layer stands in the first column
+            keys = [key for key in series if key[1] == site and (key[0] == layer or key[0] is None and ax is row[0])]
+            for i, key in enumerate(keys):
+                line(ax, i, series[key]["step"], series[key]["mean"], series[key]["std"], label=key[2])
+            ax.set_visible(bool(keys))
         row[0].set_ylabel(SITES.get(site, site))
-        if row[0].lines:
-            row[0].legend(loc="best", handlelength=1)
-    for ax, layer in zip(axes[0], shown):
+        row[0].legend(loc="best", handlelength=1)
+    for ax, layer in zip(rows[0], shown):
         ax.set_title("" if layer is None else f"layer {layer}")
-    title(figure, f"{arm}: γ over steps, mean and standard deviation over channels")
     return figure
 
 
 def magnitudes(series_of):
     """A panel per place: ‖γ‖/√n of each arm, the mean over layers and branches. series_of: {arm: gamma_series()}."""
-    sites = [site for site in SITES if any(site == s for series in series_of.values() for _, s, _ in series)]
-    figure = Figure(figsize=(WIDTH, 0.9 + 2.3 * -(-len(sites) // 2)))
-    for ax, site in zip(grid_of(figure, len(sites), min(2, len(sites))), sites):
-        ends = []
-        for i, (arm, series) in enumerate(series_of.items()):
-            lines = [s for (_, where, _), s in series.items() if where == site]
-            lines = [s for s in lines if len(s["step"]) == len(lines[0]["step"]) and s["norm"][0]]
-            if lines:
-                mean = np.mean([s["norm"] / s["norm"][0] for s in lines], axis=0)  # every γ starts as ones
-                ax.plot(lines[0]["step"], mean, color=colour(i), linestyle=("-", "--", ":")[i // 8 % 3])
-                ends.append((mean[-1], arm, colour(i)))
-        if ends:
-            label_ends(ax, ends)
+    panels = {}
+    for site in SITES:
+        lines = dict.fromkeys(series_of)  # so that an arm has one colour in all panels
+        for arm, series in series_of.items():
+            found = [s for (_, where, _), s in series.items() if where == site]
+            found = [s for s in found if len(s["step"]) == len(found[0]["step"]) and s["norm"][0]]
+            if found:  # every γ starts as ones
+                lines[arm] = found[0]["step"], np.mean([s["norm"] / s["norm"][0] for s in found], axis=0), 0.0
+        if any(lines.values()):
+            panels[site] = lines
+    figure, axes = new_figure("Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches", len(panels),
+                              min(2, len(panels)), 2.3)
+    for ax, (site, lines) in zip(axes, panels.items()):
+        compare_lines(ax, lines, 1.0)
         ax.set_title(SITES[site])
         ax.set_xlabel("step")
-    title(figure, "Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches")
     return figure
 
 
@@ -378,9 +369,9 @@ def plot_suite(folder, gamma=None):
     arms = summarise(rows)
     if not arms:
         raise ConfigError(f"{folder} has neither a run's log.csv nor finished cells in a results.csv of this ablate.py")
-    paper = {key[1:]: (panel.split(",")[0], number) for key, (panel, number) in paper_numbers().items()
-             if key[0] == rows[0]["suite"]}
     compared = {name: a for name, a in arms.items() if "delta" in a and not a["same"]}
+    paper = {arm: (panel.split(",")[0], number) for (suite, arm, reference), (panel, number) in paper_numbers().items()
+             if suite == rows[0]["suite"] and arm in compared and arms[arm]["reference"] == reference}
     # only the seeds that all arms have make pairs
     seeds = set.intersection(*(set(a["losses"]) for a in arms.values()))
     of_cell = defaultdict(list)
@@ -451,7 +442,5 @@ if __name__ == "__main__":
     streams()
     try:
         main(sys.argv[1:])
-    except ConfigError as e:
-        refuse(e)
-    except OSError as e:
-        sys.exit(f"plot.py: {e}")
+    except (ConfigError, OSError) as e:
+        refuse(e, 1 if isinstance(e, OSError) else 2)

@@ -13,7 +13,7 @@ import plot
 from ablate import write_csv
 from configurator import ConfigError
 
-VECTORS = ("blocks.0.attn.qkv.v.q", "blocks.0.attn.qkv.u.q", "blocks.1.ffn.gate_up.v.up", "lm_head.v.shared")
+VECTORS = ("blocks.0.attn.qkv.v.q", "blocks.0.attn.qkv.u.q", "blocks.1.attn.qkv.v.q", "lm_head.v.shared")
 
 
 def curve(final, bad=""):
@@ -158,7 +158,8 @@ def test_runs_against_the_first_and_one_by_itself(tmp_path, drawn):
     plot.main([str(tmp_path / name) for name in ("unified", "other/unified")])  # of one name
     assert drawn["curves"].axes[0].get_lines()[0].get_ydata().tolist() == [1.25] * 8
     plot.main([str(tmp_path / "unified")])
-    assert "unified ends at 1.7500 nats" in drawn["curves"].axes[0].get_title(loc="left")
+    assert drawn["curves"].get_suptitle() == "unified ends at 1.7500 nats"
+    assert set(words(drawn["curves"])) == {"val_loss", "train_loss"}
 
 
 @pytest.mark.parametrize("flags", [["--out=~/elsewhere"], ["--out", "~/elsewhere"]])
@@ -183,7 +184,7 @@ def test_any_name_of_a_folder_is_shown_as_it_is(name, tmp_path, monkeypatch):
     assert words(shown[0]) == [name.replace("\udcff", "\ufffd")] and (tmp_path / "first/curves.png").exists()
 
 
-@pytest.mark.parametrize("bad", ["nan", "inf", "word"])
+@pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_a_run_that_diverged(bad, tmp_path, drawn):
     write_run(tmp_path / "bad", 2.0, bad)
     with pytest.raises(ConfigError, match="holds no evaluation with a finite loss"):
