@@ -11,10 +11,11 @@ On a GPU in bf16; on a CPU in fp32, on one core.
 
 The arms of a comparison run in one process and take turns, in an order drawn anew for each round, so that whatever else
 slows the machine slows them alike. A ratio is the geometric mean over rounds of one arm's time over the other's in the
-same round, with Student's 95% interval. First come the machine's two ceilings, a copy's bytes per second and a matrix
-product's FLOP/s, which are measured again in every round: the columns in % are shares of them.
+same round, with Student's 95% interval. The columns in % are shares of the machine's two ceilings, a copy's bytes per
+second and a matrix product's FLOP/s, which are measured in every round, too.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -25,25 +26,21 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
 from configurator import ConfigError, Parser, configure, refuse, streams
 
 STRATEGIES = {"overhead": "baseline,unified,unified --head_placement=input,unified_light,unified_free,hg,dp,"
-              "baseline --placement=after,or",
-              "peers": "baseline", "profile": "baseline,unified"}  # where none are named
+              "baseline --placement=after,or", "profile": "baseline,unified"}  # where none are named
 
 
 def arguments(args=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("what", choices=("kernels", "overhead", "peers", "profile"))
-    add("--strategies", default="", help="names in config, separated by commas, each with flags if you like: "
-        "'baseline,unified --reparam=er'; overhead compares with the first")
+    add("--strategies", default="", help="for overhead, which compares with the first, and profile: names in config, "
+        "separated by commas, each with flags if you like: 'baseline,unified --reparam=er'")
     add("--ways", default="eager,compiled", help="eager, compiled, or (the default) both")
-    add("--sizes", default="", help="names in config/size, or files, separated by commas; default: llama_0.12b on a "
-        "GPU, quickstart on a CPU")
+    add("--size", default="", help="in config/size, or a file; default: llama_0.12b on a GPU, quickstart on a CPU")
     add("--rounds", default=0, type=int, help="in each, every arm has a turn; default: 30 on a GPU, 60 on a CPU")
     add("--block", default=0, type=int, help="steps of an arm per turn; default: 10 on a GPU, 1 on a CPU")
-    add("--seconds", default=0.0, type=float, help="leave out arms and rounds to end in so many; default: no limit")
-    add("--micro_batch", default=0, type=int, help="sequences per step; default: the size's")
-    add("--tokens", default=0, type=int, help="for kernels; default: 65536 on a GPU (too many for its cache), 2048 on a "
-        "CPU")
+    add("--seconds", default=math.inf, type=float, help="leave out arms and rounds to end in time; default: no limit")
+    add("--tokens", default=0, type=int, help="for kernels; default: 65536 on a GPU, 2048 on a CPU")
     add("--tuned", type=Path, help="for kernels: a file of results/tune.py, whose constants are used")
     add("--nanogpt", type=Path, help="for peers: a clone of github.com/karpathy/nanoGPT")
     add("--out", default=HERE / "results" / "bench", type=Path, help="where the tables go; default: results/bench")
@@ -56,12 +53,10 @@ if __name__ == "__main__":
 import importlib.util
 import itertools
 import json
-import math
 import random
 import re
 import statistics
 import time
-from collections import namedtuple
 from types import SimpleNamespace
 
 import torch
@@ -72,9 +67,8 @@ from tqdm import tqdm
 
 import kernels
 from devices import device_name, pick_device
-from hf import fold, hf_config, hf_tensors, hf_type
+from hf import hf_config
 from model import ALIGN, GPT, rope_tables
-from norms import ScaleVector
 from optim import make_optimizers, param_groups
 from runs import git_commit, versions
 from settings import Settings, gpt_config
@@ -86,6 +80,11 @@ def paired_ratio(times, base):
     mean, half = mean_and_half_width([math.log(t / b) for t, b in zip(times, base, strict=True)])
     half = math.nan if half is None else half
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def over(times, base):
+    """paired_ratio as a table's cell."""
+    return "{:.3f} ({:.3f}–{:.3f})".format(*paired_ratio(times, base))
 
 
 def clock(device):
@@ -111,6 +110,12 @@ def alternate(arms, rounds, until=math.inf):
 def share(work, times, ceiling, ceiling_times):
     """Per cent of a ceiling: work per second over the ceiling's in the same round, the median over rounds."""
     return f"{statistics.median(100 * (work / t) / (ceiling / c) for t, c in zip(times, ceiling_times)):.0f}"
+
+
+def in_time(things, a):
+    """Each of things, and the time.monotonic() until which it may take its equal share of the time that is left."""
+    for left, thing in zip(range(len(things), 0, -1), things):
+        yield thing, time.monotonic() + (a.until - time.monotonic()) / left
 
 
 class Ceilings:
@@ -164,15 +169,12 @@ def report(name, rows, a, notes, say=True):
 # ---------------------------------------------------------------------------------------------------------------
 # kernels
 
-# An op to time: its name, a function without arguments that runs it, the inputs that get a gradient, and the bytes that
-# it must move forward, and forward and backward together.
-Case = namedtuple("Case", "name call inputs forward both")
-
-
 def cases(s, tokens, device, dtype):
     """
-    The ops at the shapes that a model of settings s gives them. Forward must read its inputs and write its outputs.
-    Backward must read the outputs' gradients and the inputs that they depend on, and write the inputs' gradients.
+    The ops at the shapes that a model of settings s gives them: name -> (a function that runs the op, the inputs that
+    get a gradient, the bytes that it must move forward, and forward and backward together). Forward must read its
+    inputs and write its outputs. Backward must read the outputs' gradients and the inputs that they depend on, and
+    write the inputs' gradients.
     """
     config, dtype = gpt_config(s, dtype), getattr(torch, dtype)
     T, d, eps, n, hidden = min(tokens, s.block_size), config.d_head, config.norm_eps, s.n_embd, config.ffn_dim
@@ -185,56 +187,56 @@ def cases(s, tokens, device, dtype):
     cos, sin = (t.to(device) for t in rope_tables(d, T, s.rope_theta))
     heads = cos, sin, config.n_head, config.n_kv_head
     X, Y, H = x.nbytes, qkv.nbytes, gate_up.nbytes // 2
-    return [
-        Case("rms_norm", lambda: kernels.rms_norm(x, eps), (x,), 2 * X, 5 * X),
-        Case("rms_norm, γ", lambda: kernels.rms_norm(x, eps, gamma), (x, gamma), 2 * X, 5 * X),
-        Case("rms_norm, residual", lambda: kernels.rms_norm(x, eps, residual=r), (x, r), 4 * X, 8 * X),
-        Case("RoPE", lambda: kernels.qk_norm_rope(qkv, *heads), (qkv,), 2 * Y, 4 * Y),
-        Case("norms of q, k, v, RoPE", lambda: kernels.qk_norm_rope(qkv, *heads, eps, "qkv", (gamma_q, gamma_k), d),
-             (qkv, gamma_q, gamma_k), 2 * Y, 5 * Y),
-        Case("SwiGLU", lambda: kernels.swiglu(gate_up, hidden), (gate_up,), 3 * H, 8 * H),
-        Case("norms, SwiGLU", lambda: kernels.swiglu(gate_up, hidden, eps, True, gamma_gate), (gate_up, gamma_gate),
-             3 * H, 8 * H)]
+    return {
+        "rms_norm": (lambda: kernels.rms_norm(x, eps), (x,), 2 * X, 5 * X),
+        "rms_norm, γ": (lambda: kernels.rms_norm(x, eps, gamma), (x, gamma), 2 * X, 5 * X),
+        "rms_norm, residual": (lambda: kernels.rms_norm(x, eps, residual=r), (x, r), 4 * X, 8 * X),
+        "RoPE": (lambda: kernels.qk_norm_rope(qkv, *heads), (qkv,), 2 * Y, 4 * Y),
+        "norms of q, k, v, RoPE": (lambda: kernels.qk_norm_rope(qkv, *heads, eps, "qkv", (gamma_q, gamma_k), d),
+                                   (qkv, gamma_q, gamma_k), 2 * Y, 5 * Y),
+        "SwiGLU": (lambda: kernels.swiglu(gate_up, hidden), (gate_up,), 3 * H, 8 * H),
+        "norms, SwiGLU": (lambda: kernels.swiglu(gate_up, hidden, eps, True, gamma_gate), (gate_up, gamma_gate), 3 * H,
+                          8 * H)}
 
 
-def arms_of(case, device):
-    """(arm, 'forward' or 'both') -> a function that runs the case's forward pass, or forward and backward."""
-    torch._dynamo.reset()  # each case gets a fresh cache of compiled code, of which there may be eight for one lambda
-    ways = {"eager": ("torch", case.call), "compile": ("torch", torch.compile(case.call, dynamic=False))}
+def arms_of(call, inputs, device):
+    """(arm, 'forward' or 'both') -> a function that runs an op's forward pass, or forward and backward."""
+    torch._dynamo.reset()  # each op gets a fresh cache of compiled code, of which there may be eight for one lambda
+    ways = {"eager": ("torch", call), "compile": ("torch", torch.compile(call, dynamic=False))}
     if device.type == "cuda":  # the interpreter has no speed to speak of
-        ways["triton"] = "triton", case.call
+        ways["triton"] = "triton", call
     arms = {}
-    for name, (backend, call) in ways.items():
-        def forward(backend=backend, call=call):
+    for name, (backend, run) in ways.items():
+        def forward(backend=backend, run=run):
             with kernels.backend(backend):
-                return tree_leaves(call())
+                return tree_leaves(run())
         grads = [torch.randn_like(y) for y in forward()]
         arms[name, "forward"] = forward
-        arms[name, "both"] = lambda forward=forward, grads=grads: torch.autograd.grad(forward(), case.inputs, grads)
+        arms[name, "both"] = lambda forward=forward, grads=grads: torch.autograd.grad(forward(), inputs, grads)
         arms[name, "both"]()  # compiles
     return arms
 
 
-def bench_kernels(size, a):
+def bench_kernels(a):
     if a.tuned:
         kernels.TUNED = json.loads(a.tuned.read_text(encoding="utf-8"))
-    rows, todo = [], cases(settings_of(size), a.tokens, a.device, a.dtype)
-    for left, case in zip(range(len(todo), 0, -1), todo):
-        until = time.monotonic() + (a.until - time.monotonic()) / left
-        timed = {arm: lambda f=f: a.ceilings.seconds(f) for arm, f in arms_of(case, a.device).items()}
+    rows, todo = [], cases(settings_of(a.size), a.tokens, a.device, a.dtype)
+    for name, until in in_time(todo, a):
+        call, inputs, *moved = todo[name]
+        timed = {arm: lambda f=f: a.ceilings.seconds(f) for arm, f in arms_of(call, inputs, a.device).items()}
         times = alternate({**timed, "copy": a.ceilings.copy}, a.rounds, until)
         for arm in dict.fromkeys(name for name, _ in timed):
-            row = {"op": case.name, "arm": arm}
-            for part, moved in (("forward", case.forward), ("both", case.both)):
-                mine, ratio = times[arm, part], paired_ratio(times[arm, part], times["compile", part])
+            row = {"op": name, "arm": arm}
+            for part, size in zip(("forward", "both"), moved):
+                mine = times[arm, part]
                 row.update({f"{part}_us": f"{1e6 * statistics.median(mine):.1f}",
-                            f"{part}_copy_%": share(moved, mine, a.ceilings.bytes, times["copy"]),
-                            f"{part}_vs_compile": "{:.3f} ({:.3f}–{:.3f})".format(*ratio)})
+                            f"{part}_copy_%": share(size, mine, a.ceilings.bytes, times["copy"]),
+                            f"{part}_vs_compile": over(mine, times["compile", part])})
             rows.append(row)
-        report(f"kernels_{size_name(size)}", rows, a, [
+        report(f"kernels_{a.name}", rows, a, [
             f"{a.tokens} tokens, {a.dtype}, up to {a.rounds} rounds. both: forward and backward. copy_%: bytes that "
             f"the op must move per second, over a copy's. vs_compile: time over the compiled twin's, with its 95% "
-            f"interval. Constants of rms_norm: {kernels.TUNED or 'by its rule'}."], say=left == 1)
+            f"interval. Constants of rms_norm: {kernels.TUNED or 'by its rule'}."], say=len(rows) >= 2 * len(todo))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -252,19 +254,28 @@ def size_name(size):
     return Path(size).name.removesuffix(".py")  # not its stem, which of llama_0.12b is llama_0
 
 
+def own_loss(run, x, y):
+    return run(x, y)[1]
+
+
+def hf_loss(run, x, y):
+    return run(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
+
+
 class Arm:
     """
     A model and its training step, that of train.py's loop on one micro-batch: forward, backward, clipping, a look at
     the loss, AdamW. The learning rate is 0: the same work, and every step starts from the same weights.
     """
 
-    def __init__(self, model, loss, optimizers, batches):
-        """loss: takes (x, y). batches: a list of (x, y) on the device."""
-        self.model, self.loss, self.optimizers, self.device = model, loss, optimizers, batches[0][0].device
-        self.batches = itertools.cycle(batches)
+    def __init__(self, model, way, optimizers, batches, loss=own_loss):
+        """batches: an iterator without end over (x, y) on the device. loss: takes the model to run, x and y."""
+        self.model, self.optimizers, self.batches, self.loss = model, optimizers, batches, loss
+        self.run = torch.compile(model) if way == "compiled" else model
+        self.device = next(model.parameters()).device
 
     def step(self):
-        loss = self.loss(*next(self.batches))
+        loss = self.loss(self.run, *next(self.batches))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         status = torch.stack((loss.detach(), norm))
@@ -276,13 +287,14 @@ class Arm:
         return loss
 
     def seconds(self, steps):
-        """Median of some steps, one after the other."""
+        """Seconds per step of some steps, one after the other."""
         now = clock(self.device)
-        times = [now()]
+        began = now()
         for _ in range(steps):
             self.step()
-            times.append(now())
-        return statistics.median(after - before for before, after in itertools.pairwise(times))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # results/step.py has a step that does not wait for the device
+        return (now() - began) / steps
 
     def memory_mb(self):
         """
@@ -303,104 +315,70 @@ class Arm:
         return (held + max(itertools.accumulate(sizes, initial=0))) / 2**20
 
 
-def make_arm(size, strategy, a, way, shared):
-    """
-    The Arm of a strategy. shared: a dict in which the arms keep one set of matrices and of AdamW's moments of them: one
-    model's memory then holds all of them, and the caches see the same numbers.
-    """
-    s = settings_of(size, strategy)
+def make_arm(strategy, way, a):
+    """The Arm of a strategy. All arms get the same four batches of random tokens, and the same matrices."""
+    s = settings_of(a.size, strategy)
     torch.manual_seed(s.seed)
+    batches = torch.randint(0, s.vocab_size, (4, 2, s.micro_batch, s.block_size), device=a.device).unbind()
     with torch.device(a.device):
         model = GPT(gpt_config(s, a.dtype))
-    roles = list(model.named_roles())
-    matrices = {name: p for name, p, role, _ in roles if role not in ("input", "output")}
-    for name, p in matrices.items():
-        p.data = shared.setdefault(name, p.data)
-    if "batches" not in shared:  # four, of random tokens
-        shape = 4, 2, a.micro_batch or s.micro_batch, s.block_size
-        shared["batches"] = list(torch.randint(0, s.vocab_size, shape, device=a.device).unbind())
-    optimizers = make_optimizers(param_groups(roles, s.weight_decay, s.scale_decay, s.scale_lr_mult), s.optimizer,
-                                 (s.beta1, s.beta2))
-    run = torch.compile(model) if way == "compiled" else model
-    arm = Arm(model, lambda x, y: run(x, y)[1], optimizers, shared["batches"])
+    groups = param_groups(model.named_roles(), s.weight_decay, s.scale_decay, s.scale_lr_mult)
+    arm = Arm(model, way, make_optimizers(groups, s.optimizer, (s.beta1, s.beta2)), itertools.cycle(batches))
     arm.step()  # compiles, and makes AdamW's moments
-    for optimizer in optimizers:
-        for name, p in matrices.items():
-            if p in optimizer.state:
-                optimizer.state[p] = shared.setdefault(("moments", name), optimizer.state[p])
     return arm
 
 
 def compare(arms, flops, a):
-    """(name -> times, name -> MB, name -> columns of its row, a note) of arms. flops: per token."""
-    memory = {name: arm.memory_mb() for name, arm in arms.items()}
-    timed = {name: lambda arm=arm: arm.seconds(a.block) for name, arm in arms.items()}
-    times = alternate({**timed, "matmul": a.ceilings.matmul}, a.rounds, a.until)
-    columns = {}
-    for name, arm in arms.items():
-        step, tokens = statistics.median(times[name]), next(arm.batches)[0].numel()
-        columns[name] = {"step_ms": f"{1e3 * step:.2f}", "tokens_per_second": f"{tokens / step:.0f}",
-                         "matmul_%": share(flops * tokens, times[name], a.ceilings.flops, times["matmul"]),
-                         "memory_mb": f"{memory[name]:.1f}"}
-    return times, memory, columns, (
-        f"{tokens} tokens per step, {a.dtype}, {len(times['matmul'])} rounds of {a.block} steps each. matmul_%: of the "
-        f"matrix product's speed in the same round. memory_mb: peak of a step.")
+    """(A row for each of arms, (name, way) -> Arm, a note on the columns.) flops: per token."""
+    memory = {key: arm.memory_mb() for key, arm in arms.items()}
+    timed = {key: lambda arm=arm: arm.seconds(a.block) for key, arm in arms.items()}
+    times, rows = alternate({**timed, "matmul": a.ceilings.matmul}, a.rounds, a.until), []
+    tokens = next(next(iter(arms.values())).batches)[0].numel()
+    for name, way in arms:
+        mine, mb, first = times[name, way], memory[name, way], next(key for key in arms if key[1] == way)
+        step = statistics.median(mine)
+        rows.append({"model": name, "way": way, "time": over(mine, times[first]), "memory": f"{mb / memory[first]:.3f}",
+                     "step_ms": f"{1e3 * step:.2f}", "tokens_per_second": f"{tokens / step:.0f}",
+                     "matmul_%": share(flops * tokens, mine, a.ceilings.flops, times["matmul"]),
+                     "memory_mb": f"{mb:.1f}"})
+    return rows, (
+        f"time, with its 95% interval, and memory (of a step's peak): over those of the first row run in the same way. "
+        f"matmul_%: of the matrix product's speed in the same round. {tokens} tokens per step, {a.dtype}, "
+        f"{len(times['matmul'])} rounds of {a.block} steps each.")
 
 
-def bench_overhead(size, a):
+def bench_overhead(a):
     torch._dynamo.config.recompile_limit = 64  # one per strategy, where a model usually has one
-    began, arms, shared, late = time.monotonic(), {}, {}, []
+    began, arms, late = time.monotonic(), {}, []
     todo = list(itertools.product(a.strategies, a.ways))
-    for name, way in tqdm(todo, desc=f"{size}: building", leave=False, disable=None):
+    for name, way in tqdm(todo, desc="building", leave=False, disable=None):
         if name != a.strategies[0] and time.monotonic() > began + 0.7 * (a.until - began):
             late.append(f"{name} ({way})")
         else:
-            arms[way, name] = make_arm(size, name, a, way, shared)
-    times, memory, columns, note = compare(arms, next(iter(arms.values())).model.flops_per_token(), a)
+            arms[name, way] = make_arm(name, way, a)
+    rows, note = compare(arms, next(iter(arms.values())).model.flops_per_token(), a)
+    late = [f"Left out for want of time: {', '.join(late)}."] if late else []
     for way in a.ways:
-        rows, base = [], (way, a.strategies[0])
-        for name in (name for w, name in arms if w == way):
-            ratio, low, high = (f"{r:.4f}" for r in paired_ratio(times[way, name], times[base]))
-            rows.append({"strategy": name, "time": ratio, "low": low, "high": high,
-                         "memory": f"{memory[way, name] / memory[base]:.4f}", **columns[way, name]})
-        report(f"overhead_{size_name(size)}_{way}", rows, a, [
-            f"time, with its 95% interval, and memory: over those of {a.strategies[0]}.", note,
-            *([f"Left out for want of time: {', '.join(late)}."] if late else [])])
+        report(f"overhead_{a.name}_{way}", [row for row in rows if row["way"] == way], a, [note, *late])
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # peers, profile
 
 
-def hf_llama(model, x, y):
-    """
-    (Hugging Face's Llama that computes what model does, its loss of (x, y), a line on their losses in fp32). Raises
-    ConfigError where no Llama does, SystemExit where they differ on x and y: few tokens, since two models fill memory.
-    """
+def hf_llama(config, device):
+    """Hugging Face's Llama of the shape of a GPTConfig. Raises ConfigError without transformers."""
     try:
         import transformers
     except ImportError:
         raise ConfigError("peers compares with Hugging Face's Llama: pip install transformers") from None
-    transformers.utils.logging.set_verbosity_error()
-    config, tensors = fold(model)
-    if (kind := hf_type(config, tensors)) != "llama":
-        raise ConfigError(f"peers compares with a Llama, and to Hugging Face this model is of type {kind}")
-    told = hf_config(kind, config, SimpleNamespace(separator=0, name="bytes"))
-    with torch.device(x.device):
-        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**told, attn_implementation="sdpa"))
-    llama.load_state_dict(hf_tensors(kind, config, tensors))
-    loss_of = lambda run: lambda x, y: run(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
-    dtype, model.config.dtype = model.config.dtype, "float32"
-    with torch.no_grad():
-        ours, theirs = model(x, y)[1].item(), loss_of(llama)(x, y).item()
-    model.config.dtype = dtype
-    if not abs(ours - theirs) <= 1e-4:
-        sys.exit(f"bench.py: our loss is {ours:.6f} and Hugging Face's {theirs:.6f}: nothing to compare the speed of")
-    return llama.train(), loss_of, f"In fp32 the same weights give the loss {ours:.6f} here and {theirs:.6f} there."
+    told = hf_config("llama", config, SimpleNamespace(separator=0, name="bytes"))
+    with torch.device(device):
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**told, attn_implementation="sdpa")).train()
 
 
 def nanogpt(path, s, device):
-    """(nanoGPT's GPT of the same depth, width, heads, block and vocabulary, its loss of (x, y)). Raises ConfigError."""
+    """nanoGPT's GPT of the same depth, width, heads, block and vocabulary. path: a clone, else raises ConfigError."""
     try:
         spec = importlib.util.spec_from_file_location("nanogpt_model", path / "model.py")
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
@@ -408,46 +386,34 @@ def nanogpt(path, s, device):
     except OSError as e:
         raise ConfigError(f"--nanogpt={path} is not a clone of nanoGPT: {e}") from None
     with torch.device(device):
-        model = module.GPT(module.GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, 0.0, False))
-    return model, lambda run: lambda x, y: run(x, y)[1]
+        return module.GPT(module.GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, 0.0, False))
 
 
-def bench_peers(size, a):
-    ours = make_arm(size, a.strategies[0], a, "eager", shared := {})
-    model, batches = ours.model, shared["batches"]
-    for module in model.modules():  # no γ at 1, or a wrong one would go unnoticed
-        if isinstance(module, ScaleVector):
-            module.set(1 + 0.1 * torch.randn(module.n))
-    llama, loss_of, same = hf_llama(model, *(t[:1] for t in batches[0]))
-    peers = {"Hugging Face's Llama": (llama, loss_of)}
+def bench_peers(a):
+    ours = make_arm("baseline", "eager", a)
+    peers = {"Hugging Face's Llama": (hf_llama(ours.model.config, a.device), hf_loss)}
     if a.nanogpt:
-        peers["nanoGPT"] = nanogpt(a.nanogpt, settings_of(size), a.device)
+        peers["nanoGPT"] = nanogpt(a.nanogpt, settings_of(a.size), a.device), own_loss
     # mixed precision as everyone has it there: fp32 weights under autocast
     autocast = torch.autocast(a.device.type, getattr(torch, a.dtype), enabled=a.dtype != "float32")
-    compiled = {"eager": lambda module: module, "compiled": torch.compile}
-    own = lambda run: lambda x, y: run(x, y)[1]
-    arms = {("nanoScale", way): Arm(model, own(compiled[way](model)), ours.optimizers, batches) for way in a.ways}
-    for name, (peer, loss_of) in peers.items():
-        adamw = [torch.optim.AdamW(peer.parameters(), 0.0, (0.9, 0.95), weight_decay=0.1, fused=True)]
-        arms.update({(name, way): Arm(peer, autocast(loss_of(compiled[way](peer))), adamw, batches) for way in a.ways})
+    arms = {("nanoScale", way): Arm(ours.model, way, ours.optimizers, ours.batches) for way in a.ways}
+    for name, (peer, loss) in peers.items():
+        adamw = torch.optim.AdamW(peer.parameters(), 0.0, (0.9, 0.95), weight_decay=0.1, fused=True)
+        arms.update({(name, way): Arm(peer, way, [adamw], ours.batches, autocast(loss)) for way in a.ways})
     for arm in arms.values():
         arm.step()  # compiles
-    times, _, columns, note = compare(arms, model.flops_per_token(), a)
-    rows = []
-    for (whose, way), cells in columns.items():
-        ratio, low, high = (f"{r:.3f}" for r in paired_ratio(times[whose, way], times["nanoScale", way]))
-        params = sum(p.numel() for p in arms[whose, way].model.parameters())
-        rows.append({"whose": whose, "way": way, "params": params, "we_are": ratio, "low": low, "high": high, **cells})
-    report(f"peers_{size_name(size)}", rows, a, [
-        same, "we_are: how many times as fast nanoScale is, run in the same way, with its 95% interval. Attention "
-              "(sdpa), AdamW and clipping are the same. matmul_% counts our model's FLOPs.", note])
+    rows, note = compare(arms, ours.model.flops_per_token(), a)
+    for row in rows:
+        row["params"] = sum(p.numel() for p in arms[row["model"], row["way"]].model.parameters())
+    report(f"peers_{a.name}", rows, a, [
+        note, "Attention (sdpa), AdamW and clipping are the same. matmul_% counts our model's FLOPs."])
 
 
-def bench_profile(size, a, steps=5):
+def bench_profile(a, steps=5):
     cuda = a.device.type == "cuda"
     torch._inductor.config.cpp.enable_kernel_profile = True  # a CPU's compiled loops, by name
     for name, way in itertools.product(a.strategies, a.ways):
-        arm = make_arm(size, name, a, way, {})
+        arm = make_arm(name, way, a)
         flops = arm.model.flops_per_token() * next(arm.batches)[0].numel()
         seconds, matmul = arm.seconds(steps), a.ceilings.matmul()
         with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as p:
@@ -455,7 +421,7 @@ def bench_profile(size, a, steps=5):
                 arm.step()
         table = p.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=25,
                                        max_name_column_width=70)
-        report(f"profile_{size_name(size)}_{name.replace(' --', '_')}_{way}", f"```\n{table}```", a, [
+        report(f"profile_{a.name}_{name.replace(' --', '_')}_{way}", f"```\n{table}```", a, [
             f"{steps} steps. Without the profiler one takes {1e3 * seconds:.2f} ms, at "
             f"{share(flops, [seconds], a.ceilings.flops, [matmul])}% of the matrix product's speed."])
 
@@ -466,25 +432,23 @@ VERBS = {"kernels": bench_kernels, "overhead": bench_overhead, "peers": bench_pe
 def prepare(a, command):
     """Complete what arguments() returned for this machine. command: how it was called."""
     cuda = torch.cuda.is_available()
-    a.until = time.monotonic() + (a.seconds or math.inf)
+    a.until = time.monotonic() + a.seconds
     a.device, a.dtype, *_ = pick_device(Settings(device="cuda" if cuda else "cpu"))
     a.command = re.sub(r" --(out|tuned|nanogpt)[= ]\S+", "", " ".join(command))  # paths are of one machine
     if not cuda:
         torch.set_num_threads(1)  # the fewer cores, the less it matters what else the machine does
     a.ceilings = Ceilings(a.device, a.dtype)
     print(a.ceilings.said, flush=True)
-    return a
+    return cuda
 
 
 def main(a, command):
-    prepare(a, ["bench.py", *command])
-    cuda = a.device.type == "cuda"
+    cuda = prepare(a, ["bench.py", *command])
     a.rounds, a.block = a.rounds or (30 if cuda else 60), a.block or (10 if cuda else 1)
-    a.tokens = a.tokens or (65536 if cuda else 2048)
+    a.tokens, a.size = a.tokens or (65536 if cuda else 2048), a.size or ("llama_0.12b" if cuda else "quickstart")
+    a.name = size_name(a.size)
     a.strategies, a.ways = (a.strategies or STRATEGIES.get(a.what, "")).split(","), a.ways.split(",")
-    for size in (a.sizes or ("llama_0.12b" if cuda else "quickstart")).split(","):
-        VERBS[a.what](size, a)
-        torch._dynamo.reset()  # compiled code may hold on to a model
+    VERBS[a.what](a)
 
 
 if __name__ == "__main__":

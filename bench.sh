@@ -6,7 +6,7 @@
 #     gpu_tests                    are the results right on this GPU?
 #     overhead                     what does each strategy add to a step's time and memory?
 #     profile_unified, _baseline   where does the time of a step go?
-#     step                         would CUDA graphs, cuDNN's attention or not waiting for the loss speed up a step?
+#     step                         would CUDA graphs, or not waiting for the loss, make a step faster?
 #     tune                         which constants make rms_norm's kernels fastest?
 #     kernels                      how fast is each kernel, with these constants, next to a copy and to torch.compile?
 #     peers                        is a step as fast as Hugging Face's Llama and nanoGPT (--nanogpt=PATH, a clone)?
@@ -14,7 +14,7 @@
 #     kernels_large                how fast are the kernels at the widths of 1B?
 #
 # Each step has a time limit and writes its tables as it goes; if it fails, the others still run. Started again with the
-# same --out, the script continues with the steps that are not done. --tiny runs all of them at sizes for a CPU: try that
+# same --out, the script does the steps that are not done yet. --tiny runs all of them at sizes for a CPU: try that
 # first, since a GPU is expensive.
 cd "$(dirname "$0")" || exit
 minutes=15 out=results/bench tiny= peers=()
@@ -60,17 +60,17 @@ few="baseline,unified,unified --head_placement=input"
 
 # An arm takes 10 to 20 s to build, most of it in torch.compile; overhead has nine.
 step gpu_tests 120 -m pytest -o addopts= -q -x -rs tests/test_gpu.py
-step overhead 220 bench.py overhead --ways=compiled --sizes="$small" "${short[@]}"
+step overhead 220 bench.py overhead --ways=compiled --size="$small" "${short[@]}"
 for strategy in unified baseline; do
-  step profile_$strategy 45 bench.py profile --ways=compiled --sizes="$small" --strategies=$strategy
+  step profile_$strategy 45 bench.py profile --ways=compiled --size="$small" --strategies=$strategy
 done
-step step 60 results/step.py --sizes="$small" "${short[@]}"
+step step 60 results/step.py --size="$small" "${short[@]}"
 step tune 90 results/tune.py "${tune[@]}"
 tuned=() && [[ -f $out/tune.json ]] && tuned=(--tuned="$out/tune.json")
-step kernels 50 bench.py kernels --sizes="$small" "${tuned[@]}" "${short[@]}"
-step peers 90 bench.py peers --ways=compiled --sizes="$small" "${short[@]}" "${peers[@]}"
-step overhead_large 100 bench.py overhead --ways=compiled --sizes="$large" --strategies="$few" "${short[@]}"
-step overhead_moe 100 bench.py overhead --ways=compiled --sizes="$mixture" --strategies="$few" "${short[@]}"
-step kernels_large 50 bench.py kernels --sizes="$large" "${tuned[@]}" "${short[@]}"
+step kernels 50 bench.py kernels --size="$small" "${tuned[@]}" "${short[@]}"
+step peers 90 bench.py peers --ways=compiled --size="$small" "${short[@]}" "${peers[@]}"
+step overhead_large 100 bench.py overhead --ways=compiled --size="$large" --strategies="$few" "${short[@]}"
+step overhead_moe 100 bench.py overhead --ways=compiled --size="$mixture" --strategies="$few" "${short[@]}"
+step kernels_large 50 bench.py kernels --size="$large" "${tuned[@]}" "${short[@]}"
 
 [[ -z $failed ]] || { echo "== not done:$failed" >&2; exit 1; }

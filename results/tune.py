@@ -62,8 +62,7 @@ def main(a, command):
     bench.prepare(a, ["results/tune.py", *command])
     widths, rows, tuned = [int(n) for n in a.widths.split(",")], [], {}
     kernels.TUNED = tuned
-    for left, n in zip(range(len(widths), 0, -1), widths):
-        until = time.monotonic() + (a.until - time.monotonic()) / left
+    for n, until in bench.in_time(widths, a):
         for part, (f, moved) in operations(n, a.elements // n, a.device, getattr(torch, a.dtype)).items():
             def seconds(constants):
                 tuned[f"{part} {n}"] = constants
