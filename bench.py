@@ -271,7 +271,7 @@ class Arm:
     def __init__(self, model, way, optimizers, batches, loss=own_loss):
         """batches: an iterator without end over (x, y) on the device. loss: takes the model to run, x and y."""
         self.model, self.optimizers, self.batches, self.loss = model, optimizers, batches, loss
-        self.run = torch.compile(model) if way == "compiled" else model
+        self.run = torch.compile(model, dynamic=False) if way == "compiled" else model
         self.device = next(model.parameters()).device
 
     def step(self):

@@ -81,7 +81,7 @@ def main(a, command):
     if a.device.type == "cuda":
         arms["CUDA graphs"] = graphs = bench.make_arm("baseline", "eager", a)
         # options, since under inductor's global setting it would reuse the code that was compiled for `step`
-        graphs.run = torch.compile(graphs.model, options={"triton.cudagraphs": True})
+        graphs.run = torch.compile(graphs.model, dynamic=False, options={"triton.cudagraphs": True})
         graphs.step()
     memory = {name: arm.memory_mb() for name, arm in arms.items()}
     timed = {name: lambda arm=arm: arm.seconds(a.block) for name, arm in arms.items()}
