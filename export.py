@@ -121,7 +121,7 @@ def main(args):
     except ImportError:
         raise ConfigError("an export needs Hugging Face's transformers: pip install transformers") from None
     from data.tokens import load_tokenizer
-    from hf import fold, hf_config, hf_tensors, hf_type, is_norm, open_model
+    from hf import GAMMAS, fold, hf_config, hf_tensors, hf_type, open_model
 
     model, name = open_model(args.model)
     if name is None:
@@ -143,7 +143,7 @@ def main(args):
     except OSError as e:
         raise ConfigError(f"{args.out} cannot be written: {e}") from None
     count = {key: x.numel() for key, x in tensors.items() if not key.endswith("ffn.bias")}
-    vectors = sum(n for key, n in count.items() if is_norm(key))
+    vectors = sum(n for key, n in count.items() if key.endswith(GAMMAS))
     print(f"{args.out}: {sum(count.values()):,} parameters, {vectors:,} of them in scale vectors that cannot be folded")
     if model.config.tie_embeddings and not config.tie_embeddings:
         print("The LM head is no longer tied: its scale vectors are folded into it.")
@@ -160,5 +160,3 @@ if __name__ == "__main__":
         main(parsed)
     except ConfigError as e:
         refuse(e)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -12,12 +12,9 @@ A folded model is a GPTConfig and a dict of fp32 tensors, named as in the model:
     blocks.0.ffn.router, bias, experts.gate, up, down          (E, n_embd), (E,), and stacks (E, ...)
     blocks.0.attn.q_scale, k_scale, ffn.gate_scale, attn_post, ffn_post, lm_head_scale        the γ that stay
     blocks.0.attn_norm, ffn_norm, norm               γ of Pre-Norms, which only a Hugging Face Llama has
-
-Knows model.py, norms.py, settings.py, runs.py and configurator.py. Used by sample.py, export.py, bench.py and train.py.
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -30,8 +27,19 @@ from runs import check_settings, load_checkpoint
 from settings import GPTConfig, Settings, gpt_config
 
 NORMED = ("norm", "dual_norm")  # placements with a norm after the linear map
+GAMMAS = ("_scale", "_post")  # how the names of γ end that are left in a folded model
 PLACES = ("attn_placement", "v_placement", "ffn_placement", "head_placement")
 TYPES = get_type_hints(GPTConfig, include_extras=True)
+
+# Our setting -> its name in a config.json, and what a Mixtral and our own class have besides.
+HF_SETTINGS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+               "d_head": "head_dim", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
+               "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+               "tie_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta"}
+MIXTURE = ("n_experts", "experts_per_token", "expert_dim", "shared_dim", "router")
+OURS = ("arch", *MIXTURE, "scale_vectors", *PLACES, "qkv_norm", "qk_norm")
+HF_MORE = {"llama": {}, "nanoscale": {name: name for name in OURS}, "mixtral": {
+    "n_experts": "num_local_experts", "expert_dim": "intermediate_size", "experts_per_token": "num_experts_per_tok"}}
 
 
 def parts(model):
@@ -39,25 +47,14 @@ def parts(model):
     A GPT under a folded model's names: ({prefix: Branches}, {name: ScaleVector that is in none of them}, {name: any
     other tensor of its state_dict}).
     """
-    branches, scales, taken = {}, {}, ()
-    for name, module in model.named_modules():
-        if isinstance(module, (Branches, ScaleVector)) and not name.startswith(taken):
-            taken += (name + ".",)
-            if isinstance(module, Branches):
-                branches[name[:name.rfind(".") + 1]] = module
-            else:
-                scales[name] = module
-    return branches, scales, {name: x for name, x in model.state_dict().items() if not name.startswith(taken)}
-
-
-def norm_before(prefix):
-    """The name of the γ before the branches with this prefix."""
-    return ".".join(prefix.split(".")[:3]) + "_norm" if prefix else "norm"
-
-
-def is_norm(name):
-    """Whether a tensor of a folded model is a γ."""
-    return name.endswith(("norm", "_scale", "_post"))
+    modules = dict(model.named_modules())
+    branches = {name: module for name, module in modules.items() if isinstance(module, Branches)}
+    taken = tuple(f"{name}." for name in branches)
+    scales = {name: module for name, module in modules.items()
+              if isinstance(module, ScaleVector) and not name.startswith(taken)}
+    taken += tuple(f"{name}." for name in scales)
+    return ({name[:name.rfind(".") + 1]: module for name, module in branches.items()}, scales,
+            {name: x for name, x in model.state_dict().items() if not name.startswith(taken)})
 
 
 @torch.no_grad()
@@ -70,8 +67,8 @@ def fold(model):
     branches, scales, t = parts(model)
     t |= {name: scale() for name, scale in scales.items()}
     for prefix, b in branches.items():
-        folded = b.folded_weight(model.wte.dtype).split([*b.n_out.values()], dim=-2)
-        t |= {prefix + c: w for c, w in zip(b.n_out, folded)}
+        matrices = b.folded_weight(model.wte.dtype).split([*b.n_out.values()], dim=-2)
+        t |= {prefix + c: w for c, w in zip(b.n_out, matrices)}
         for c, u in ((c, b.u[c]()) for c in b.normed if c in b.u):
             if c == "v":  # attention mixes tokens, not channels; each head of v serves n_head / n_kv_head heads of o
                 heads = u.view(config.n_kv_head, 1, -1).expand(-1, config.n_head // config.n_kv_head, -1)
@@ -83,10 +80,10 @@ def fold(model):
     tied = config.tie_embeddings and not config.scale_vectors
     if tied:
         del t["lm_head"]
-    places = {name: place if (place := getattr(config, name)) in NORMED else "input" for name in PLACES}
-    folded = replace(config, **places, placement="input", scale_vectors=any(map(is_norm, t)), heterogeneous=False,
-                     reparam="direct", qk_norm=config.qk_norm and config.attn_placement not in NORMED,
-                     final_norm_role="input", expert_scales="shared", tie_embeddings=tied, dtype="float32")
+    kept = {name: getattr(config, name) for name in (*HF_SETTINGS, *OURS)}
+    kept |= {name: "input" for name in PLACES if kept[name] not in NORMED}
+    folded = GPTConfig(**kept | dict(scale_vectors=any(x.endswith(GAMMAS) for x in t), tie_embeddings=tied,
+                                     qk_norm=config.qk_norm and config.attn_placement not in NORMED))
     # clones: a file cannot hold two tensors that share memory, and the caller may change the model
     return folded, {name: x.detach().float().cpu().contiguous().clone() for name, x in t.items()}
 
@@ -94,9 +91,9 @@ def fold(model):
 @torch.no_grad()
 def load(model, tensors):
     """
-    Give a GPT with any scale vectors the weights of a folded model. A vector becomes what the tensors say, or else 1;
-    the γ of a Pre-Norm goes into the weights of branches without one. It then computes the same function, if it has
-    the same norms. Raises ConfigError where tensors are missing, have another shape, or have no place in the model.
+    Give a fresh GPT, whose γ are 1, the weights of a folded model, and the γ that it has. The γ of a Pre-Norm goes
+    into the weights of branches without a vector. The GPT then computes the same function, if it has the same norms.
+    Raises ConfigError where tensors are missing, have another shape, or have no place in the model.
     """
     left = dict(tensors)
 
@@ -108,27 +105,17 @@ def load(model, tensors):
             raise ConfigError(f"{name} has shape {list(x.shape)} and should have {list(like.shape)}")
         return x
 
-    def set_gamma(scale, name, gamma):
-        try:
-            scale.set(gamma.expand_as(scale()))
-        except ValueError as e:
-            raise ConfigError(f"{name}: {e}") from None
-
     branches, scales, matrices = parts(model)
     for name, w in matrices.items():
         w.copy_(take(name, w, torch.zeros_like(w) if name.endswith("bias") else None))
-    for prefix, b in branches.items():  # the u of DP and AP are 1: under gemma q_scale is the QK-norm's γ
-        scales |= {f"{prefix}{c}_scale": u for c, u in b.u.items() if c in b.normed}
-        for c in b.u.keys() - set(b.normed):
-            b.u[c].set(torch.ones_like(b.u[c]()))
-    for name, scale in scales.items():
-        set_gamma(scale, name, take(name, scale(), torch.ones_like(scale())))
-    ones = torch.ones(model.config.n_embd)
-    norms = {norm: take(norm, ones, ones) for norm in dict.fromkeys(map(norm_before, branches))}
     for prefix, b in branches.items():
-        norm = norms[norm_before(prefix)]
-        for v in b.v.values():
-            set_gamma(v, norm_before(prefix), norm)
+        scales |= {f"{prefix}{c}_scale": u for c, u in b.u.items() if c in b.normed}
+    gammas = [(name, scale, take(name, scale(), torch.ones_like(scale()))) for name, scale in scales.items()]
+    ones, norms = torch.ones(model.config.n_embd), {}
+    for prefix, b in branches.items():
+        name = ".".join(prefix.split(".")[:3]) + "_norm" if prefix else "norm"  # several branches may share this γ
+        norm = norms[name] = take(name, ones, norms.get(name, ones))
+        gammas += [(name, v, norm) for v in b.v.values()]
         for c, _, v in b.vectors():
             if b.weight[c] is not model.wte:
                 w = take(prefix + c, b.weight[c])
@@ -136,22 +123,17 @@ def load(model, tensors):
             elif v is None and not (norm == 1).all():
                 raise ConfigError("the last norm's γ has no place: the LM head is tied to the token table and has no "
                                   "scale vector before it; set scale_vectors=True and head_placement=input")
+    for name, scale, gamma in gammas:
+        try:
+            scale.set(gamma.expand_as(scale()))
+        except ValueError as e:
+            raise ConfigError(f"{name}: {e}") from None
     if left:
         raise ConfigError(f"{min(left)} has no place in a model with these norms and scale vectors")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Hugging Face's names
-
-# Our setting -> its name in a config.json. A Mixtral has some more, and our own class has those in OURS.
-HF_SETTINGS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-               "d_head": "head_dim", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
-               "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-               "tie_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta"}
-HF_MIXTRAL = {"n_experts": "num_local_experts", "expert_dim": "intermediate_size",
-              "experts_per_token": "num_experts_per_tok"}
-MIXTURE = ("n_experts", "experts_per_token", "expert_dim", "shared_dim", "router")
-OURS = ("arch", *MIXTURE, "scale_vectors", *PLACES, "qkv_norm", "qk_norm")
 
 # Our tensors -> Hugging Face's, whose block 0 is model.layers.0. {e} counts experts: there each has its own matrices.
 HF_BLOCK = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
@@ -163,11 +145,6 @@ HF_BLOCK = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v"
                for c, name in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj"),
                                ("gate_scale", "gate_norm"))}}
 HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "mlp": "block_sparse_moe"}  # in a Mixtral
-
-
-def hf_settings(kind):
-    """Our setting -> its name in the config.json of a model_type."""
-    return HF_SETTINGS | {"llama": {}, "mixtral": HF_MIXTRAL, "nanoscale": {name: name for name in OURS}}[kind]
 
 
 def hf_names(kind, config):
@@ -199,10 +176,9 @@ def hf_config(kind, config, tokenizer):
     classes = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "nanoscale": "NanoScaleForCausalLM"}
     told = {
         "architectures": [classes[kind]], "model_type": kind, "torch_dtype": "float32",
-        **{theirs: getattr(config, ours) for ours, theirs in hf_settings(kind).items()},
+        **{theirs: getattr(config, ours) for ours, theirs in (HF_SETTINGS | HF_MORE[kind]).items()},
         # transformers 5 reads the base from here, version 4 and other tools from rope_theta
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator, "pad_token_id": None,
         "nanoscale_tokenizer": tokenizer.name}
     if kind == "nanoscale":
@@ -210,7 +186,7 @@ def hf_config(kind, config, tokenizer):
                             "AutoModel": "modeling_nanoscale.NanoScaleModel",
                             "AutoModelForCausalLM": "modeling_nanoscale.NanoScaleForCausalLM"}
     if kind == "mixtral":
-        told.update(sliding_window=None, output_router_logits=False, router_aux_loss_coef=config.router_aux)
+        told["sliding_window"] = None
         if config.expert_dim % 8 or config.n_embd % 8:  # transformers' grouped GEMM takes only rows of whole 16 bytes
             told["experts_implementation"] = "eager"
     return told
@@ -232,14 +208,14 @@ def hf_tensors(kind, config, tensors):
 # What else a config.json may say: anything (...) where it does not change the function, else one of these values.
 HF_SAYS = {
     **dict.fromkeys(("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
-                     "_name_or_path", "nanoscale_tokenizer", "tokenizer_class", "bos_token_id", "eos_token_id",
+                     "_name_or_path", "tokenizer_class", "bos_token_id", "eos_token_id",
                      "pad_token_id", "unk_token_id", "use_cache", "initializer_range", "attention_dropout",
                      "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
                      "experts_implementation", "id2label", "label2id", "is_llama_config", "transformers.js_config",
                      "rope_parameters", "rope_scaling"), ...),
     **dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved"), (False,)), "hidden_act": ("silu", "swish"),
     **dict.fromkeys(("sliding_window", "quantization_config"), (None,)), "rope_type": ("default",),
-    "type": ("default",), "partial_rotary_factor": (1, None)}
+    "type": ("default",), "partial_rotary_factor": (1, None), "nanoscale_tokenizer": ("bytes", "gpt2")}
 HF_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6,
                    rope_theta=10000.0, tie_word_embeddings=False)  # Llama's
 
@@ -252,7 +228,7 @@ def from_hf(said):
     kind, ours = said.get("model_type"), "nanoscale_tokenizer" in said
     if kind != "llama" and not (ours and kind in ["mixtral", "nanoscale"]):  # it may be a list, which cannot be hashed
         raise ConfigError(f"model_type is {kind!r}; nanoScale reads Llamas and the folders that export.py wrote")
-    names = hf_settings(kind)
+    names = HF_SETTINGS | HF_MORE[kind]
     # RoPE's settings are in dicts of their own, in transformers 5 and 4, or among the others
     pairs = [pair for part in ("rope_scaling", "rope_parameters") for pair in (said.get(part) or {}).items()]
     pairs += said.items()
@@ -287,11 +263,10 @@ def read_config(folder):
     path = Path(folder, "config.json")
     said = read_json(path)
     try:
-        name = said.get("nanoscale_tokenizer")
-        return from_hf(said), name if name is None else check("nanoscale_tokenizer", name, str)
+        return from_hf(said), said.get("nanoscale_tokenizer")
     except KeyError as e:
         raise ConfigError(f"{path}: {e.args[0]!r} is missing") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as e:  # a ConfigError is a ValueError
+    except (TypeError, ValueError, AttributeError) as e:  # a ConfigError is a ValueError
         raise ConfigError(f"{path}: {e}") from None
 
 
@@ -322,19 +297,14 @@ def read_tensors(folder):
     found = sum(x.numel() for x in tensors.values())
     if wanted > 2 * found + 2**28:
         raise ConfigError(f"config.json asks for at least {wanted:,} numbers, and the weights are {found:,}")
-    return rename_from_hf(tensors, read_json(Path(folder, "config.json"))["model_type"], config)
-
-
-def rename_from_hf(tensors, kind, config):
-    """Our names for the tensors of a Hugging Face folder. Raises ConfigError."""
-    left, ours = dict(tensors), {}
-    for name, theirs in hf_names(kind, config).items():
-        found = [left.pop(x).float() for x in theirs if x in left]
+    ours = {}
+    for name, theirs in hf_names(read_json(Path(folder, "config.json"))["model_type"], config).items():
+        found = [tensors.pop(x).float() for x in theirs if x in tensors]
         if found and (len(found) < len(theirs) or len({x.shape for x in found}) > 1):
             raise ConfigError(f"{theirs[0]} and those of the other experts are not {len(theirs)} tensors of one shape")
         if found:
             ours[name] = torch.stack(found) if ".experts." in name else found[0]
-    for name in left:
+    for name in tensors:
         if not name.endswith("rotary_emb.inv_freq"):  # old Llamas store this table, which rope_theta gives
             raise ConfigError(f"nanoScale's models have no {name}")
     head = ours.get("lm_head")
@@ -351,12 +321,8 @@ def open_model(path):
     (GPT, tokenizer) of a run's folder, or of one that read_config reads. The GPT is on the CPU and computes in fp32;
     tokenizer is a name, or None where it is unknown. Raises ConfigError.
     """
-    try:
-        files = os.listdir(path)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from None
     path = Path(path)
-    if "ckpt.pt" not in files:
+    if not os.path.lexists(path / "ckpt.pt"):
         config, tokenizer = read_config(path)
         try:
             tensors = read_tensors(path)
@@ -402,11 +368,12 @@ def adopt(s):
     made, new = gpt_config(s), []
     for name in (*PLACES, "qk_norm"):
         mine, theirs = getattr(made, name), getattr(source, name)
-        has, had = (place is True or place in NORMED for place in (mine, theirs))
+        has, had = mine in (True, *NORMED), theirs in (True, *NORMED)
         if had and not has:
             raise ConfigError(f"{s.init_from} was trained with norms there, and {name} {mine!r} has none: set it to "
                               f"dual_norm or norm")
-        new += [f"{name}={mine}"] if has and not had else []
+        if has and not had:
+            new.append(f"{name}={mine}")
     return tokenizer, (f"{' and '.join(new)}: {s.init_from} was trained without these norms, so the first loss is not "
                        f"that model's" if new else "")
 

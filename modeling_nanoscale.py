@@ -57,8 +57,7 @@ class NanoScaleRMSNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(torch.ones(n)) if n else None)
 
     def forward(self, x):
-        wide = x.float().unflatten(-1, (-1, self.group))
-        wide = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        wide = F.rms_norm(x.float().unflatten(-1, (-1, self.group)), (self.group,), eps=self.eps)
         if self.weight is not None:
             wide = wide * self.weight.float().view(-1, self.group)
         return wide.flatten(-2).to(x.dtype)
@@ -119,7 +118,7 @@ class NanoScaleRouter(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.zeros(config.n_experts, config.hidden_size))
+        self.weight = nn.Parameter(config.initializer_range * torch.randn(config.n_experts, config.hidden_size))
         # only for the choice; a buffer, since it has no gradient
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_experts, dtype=torch.float32))
         normed = config.ffn_placement == "input"  # then h is normed already
@@ -191,12 +190,6 @@ class NanoScalePreTrainedModel(llama.LlamaPreTrainedModel):
     def post_init(self):
         super().post_init()
         self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # 4.57's post_init knows only parameters
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, NanoScaleRouter):
-            nn.init.normal_(module.weight, 0.0, self.config.initializer_range)
-            nn.init.zeros_(module.e_score_correction_bias)
 
 
 class NanoScaleModel(NanoScalePreTrainedModel, llama.LlamaModel):

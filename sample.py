@@ -9,7 +9,6 @@ Also from the folder of a Hugging Face Llama with a tokenizer.json, if the packa
 The model sees at most block_size tokens. When they are full, it drops the older half and reads the rest again.
 """
 
-import codecs
 import os
 import sys
 from pathlib import Path
@@ -42,31 +41,22 @@ def arguments(args=None):
     return parsed
 
 
-def read_prompt(args):
-    if args.prompt_file is None:
-        return args.prompt
-    try:
-        with open_file(args.prompt_file) as f:
-            return f.read().decode("utf-8")
-    except (ConfigError, OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"prompt_file {args.prompt_file} cannot be read: {e}") from None
+def read(path):
+    """The bytes of a file. Raises ConfigError."""
+    with open_file(path) as f:
+        return f.read()
 
 
 def open_tokenizer(name, folder):
     """
-    (encode, decoder) by our tokenizer's name, or, where that is None, by the folder's tokenizer.json. encode(text) is
-    the list of tokens that a document with this text begins with. decoder(tokens) continues them: a function from
-    each next token to the text that it completes, and from None, the end, to the rest. Raises ConfigError.
+    (encode, decode) by our tokenizer's name, or, where that is None, by the folder's tokenizer.json. encode(text) is
+    the list of tokens that a document with this text begins with; decode(tokens) is a text. Raises ConfigError.
     """
     if name is not None:
         from data.tokens import load_tokenizer
         ours = load_tokenizer(name)
-
-        def decoder(tokens):
-            # a token may end in the middle of a character: its bytes wait for the rest
-            utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            return lambda token: utf8.decode(b"" if token is None else ours.token_bytes(token), final=token is None)
-        return lambda text: [ours.separator, *ours.encode(text).tolist()], decoder
+        return (lambda text: [ours.separator, *ours.encode(text).tolist()],
+                lambda tokens: b"".join(map(ours.token_bytes, tokens)).decode("utf-8", "replace"))
 
     path = Path(folder, "tokenizer.json")
     if not path.exists():
@@ -76,30 +66,22 @@ def open_tokenizer(name, folder):
         from tokenizers import Tokenizer
     except ImportError:
         raise ConfigError(f"{path} is for Hugging Face's tokenizers: pip install tokenizers") from None
-    with open_file(path) as f:
-        text = f.read()
+    text = read(path)
     try:
         theirs = Tokenizer.from_buffer(text)
     except Exception as e:  # that package raises nothing more precise
         raise ConfigError(f"{path} cannot be read: {e}") from None
 
-    def decoder(tokens):
-        seen, shown = [*tokens], theirs.decode(tokens)
-
-        def more(token):
-            nonlocal shown
-            seen.extend([] if token is None else [token])
-            text = theirs.decode(seen)
-            if text.endswith("\ufffd") and token is not None:  # it may end in the middle of a character
-                return ""
-            new, shown = text[len(shown):], text
-            return new
-        return more
-    return lambda text: theirs.encode(text).ids, decoder
+    return lambda text: theirs.encode(text).ids, theirs.decode
 
 
 def main(args):
-    prompt = read_prompt(args)
+    prompt = args.prompt
+    if args.prompt_file is not None:
+        try:
+            prompt = read(args.prompt_file).decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"prompt_file {args.prompt_file} is not a text in UTF-8: {e}") from None
 
     import torch
 
@@ -110,7 +92,7 @@ def main(args):
     device, dtype, *_ = pick_device(Settings(device=args.device))
     model, name = open_model(args.model)
     config = model.config
-    encode, decoder = open_tokenizer(name, args.model)
+    encode, decode = open_tokenizer(name, args.model)
     start = encode(prompt)
     if not start:
         raise ConfigError(f"{args.model}: its tokenizer begins a document with nothing; give it a --prompt")
@@ -129,12 +111,16 @@ def main(args):
         if args.num_samples > 1:
             print(f"--- sample {i + 1} of {args.num_samples}")
         print(prompt, end="", flush=True)
-        decode, idx = decoder(start), torch.tensor([start], device=device)
+        idx, seen, shown = torch.tensor([start], device=device), [*start], len(decode(start))
         for token in model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, generator):
-            print(decode(token.item()), end="", flush=True)
+            seen.append(token.item())
+            text = decode(seen)
+            if not text.endswith("\ufffd"):  # else it may end in the middle of a character, and waits for the rest
+                print(text[shown:], end="", flush=True)
+                shown = len(text)
             if unheard():  # `| head` has seen enough
                 sys.exit(130)
-        print(decode(None))
+        print(decode(seen)[shown:])
 
 
 if __name__ == "__main__":
@@ -145,5 +131,3 @@ if __name__ == "__main__":
         main(parsed)
     except (ConfigError, DataError) as e:
         refuse(e)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -217,10 +217,11 @@ def test_what_is_damaged_is_refused_in_one_line(damage, flags, message, transfor
 @pytest.mark.parametrize("change,message", [
     (dict(num_key_value_heads=..., head_dim=..., n_experts=...), "'n_experts' is missing"),
     (dict(rope_theta=3e4), "several values of rope_theta"), (dict(router=...), "'router' is missing"),
-    (dict(rope_scaling={"type": "linear"}), "its type is 'linear'"), (dict(ffn_placement="same"), "its ffn_placement is 'same'"),
+    (dict(rope_scaling={"type": "linear"}), "its type is 'linear'"),
+    (dict(ffn_placement="same"), "its ffn_placement is 'same'"), (dict(placement="norm"), "does not know placement"),
     (dict(head_placement="triple"), "head_placement must be one of"), (dict(arch="palm"), "arch must be one of"),
     (dict(router="hash"), "router must be one of"), (dict(colour="red"), "does not know colour 'red'"),
-    (dict(placement="norm"), "does not know placement"), (dict(nanoscale_tokenizer=["bytes"]), "must be a string"),
+    (dict(nanoscale_tokenizer=["bytes"]), "its nanoscale_tokenizer is"),
     (dict(n_experts=6), "experts are not 6 tensors of one shape"), (dict(n_experts=-1), "n_experts must be at least 0"),
     (dict(n_experts=0, expert_dim=0, shared_dim=0), "have no model.layers.0.mlp")], ids=str)
 def test_an_export_whose_config_was_edited_is_refused(change, message, tmp_path):
