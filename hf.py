@@ -12,6 +12,8 @@ A folded model is a GPTConfig and a dict of fp32 tensors, named as in the model:
     blocks.0.ffn.router, bias, experts.gate, up, down          (E, n_embd), (E,), and stacks (E, ...)
     blocks.0.attn.q_scale, k_scale, ffn.gate_scale, attn_post, ffn_post, lm_head_scale        the γ that stay
     blocks.0.attn_norm, ffn_norm, norm               γ of Pre-Norms, which only a Hugging Face Llama has
+
+Imports model.py, norms.py, settings.py, runs.py and configurator.py.
 """
 
 import os
