@@ -128,5 +128,5 @@ def describe_run(s, out, step, facts):
 
 
 def tokens_per_second(seconds, s):
-    """Of the steps that took so many seconds each; 0 where there are none."""
+    """Tokens per second over steps that took this many seconds each; 0 if there are none."""
     return len(seconds) * s.batch_tokens / sum(seconds) if seconds else 0.0

@@ -122,15 +122,15 @@ def check_settings(saved, path):
 
 def claim_out_dir(s, completed=False):
     """
-    Refuse a folder that cannot be used, or that holds a run with which s does not say what to do. Sets s.resume to True
-    or False where it is 'auto'. Raises ConfigError.
+    Refuse an out_dir that cannot be used, or that holds a run which s neither resumes nor overwrites. Sets s.resume to
+    True or False if it is 'auto'. Raises ConfigError.
 
     completed: whether data and --init_from have filled in s, as they had when a run on disk saved its settings.
     """
     out = Path(os.path.realpath(s.out_dir))
     ckpt, config = out / "ckpt.pt", out / "config.json"
     if s.resume and s.overwrite:
-        raise ConfigError(f"--overwrite=True starts over and --resume={s.resume} goes on: say one of them")
+        raise ConfigError(f"--overwrite=True starts over and --resume={s.resume} goes on: choose one")
     try:
         nearest = next(path for path in (out, *out.parents) if path.exists() or path.is_symlink())  # in a circle
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

@@ -17,7 +17,7 @@ Seed = Annotated[int, 0, 2**32 - 1]
 
 @dataclass
 class GPTConfig:
-    """The model's share of the settings. Made by itself it is complete: no 0, 'same' or 'auto' is left."""
+    """The model's settings. __post_init__ completes them: no 0, 'same' or 'auto' is left that stands for a default."""
 
     # the model
     arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
@@ -32,17 +32,17 @@ class GPTConfig:
     block_size: Count = 256  # tokens in a sequence
     tie_embeddings: bool = False  # the LM head shares the token table
     rope_theta: Annotated[float, 1.0, LARGEST] = 10000.0  # RoPE's base
-    norm_eps: Amount = 1e-6  # inside the square root of every norm but DNP's, which see the stream at its own size
-    init_std: Amount = 0.0  # of the initial matrices; 0 is 1/√fan_in for each
-    embedding_std: Amount = 0.0  # of the initial token table; 0 is 1, or the LM head's where they are tied
+    norm_eps: Amount = 1e-6  # inside the square root of every norm except DNP's, whose input may be small
+    init_std: Amount = 0.0  # standard deviation of the initial matrices; 0 is 1/√fan_in of each
+    embedding_std: Amount = 0.0  # that of the initial token table; 0 is 1, or the LM head's if they are tied
     # scale vectors
     scale_vectors: bool = True  # False fixes every γ to 1
-    heterogeneous: bool = False  # HG: q, k, v, gate, up and the LM head have a γ each
+    heterogeneous: bool = False  # HG: q, k, v, gate, up and the LM head each have their own γ
     placement: Literal[PLACEMENTS] = "input"  # after is AP, dual DP, dual_norm DNP, norm our control
-    attn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in attention, where it differs
-    v_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of v, where it differs from that of q and k
-    ffn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in the FFN, where it differs
-    head_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of the LM head, where it differs [R]
+    attn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in attention, if it differs
+    v_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of v, if it differs from that of q and k
+    ffn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in the FFN, if it differs
+    head_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of the LM head, if it differs [R]
     qk_norm: bool = False  # RMSNorm of q and k over each head, with a γ that the heads share; DNP's replaces it
     qkv_norm: Literal["head", "full"] = "head"  # what norms of q, k, v take the mean over
     reparam: Literal[FORMS] = "direct"  # how γ is parameterised: ScaleVector has the formulas
@@ -51,11 +51,11 @@ class GPTConfig:
     n_experts: Annotated[int, 0, 65536] = 0  # SwiGLU experts in place of each FFN; 0 is a dense model
     experts_per_token: Count = 2  # experts that a token goes through
     expert_dim: Whole = 0  # width of an expert; 0 gives the FLOPs of a dense FFN of ffn_dim
-    shared_dim: Whole = 0  # width of the FFN that every token goes through besides; 0 is none
-    router: Literal["softmax", "softmax_all", "sigmoid"] = "softmax"  # weights of the chosen: see MoE
+    shared_dim: Whole = 0  # width of a shared expert that every token goes through; 0 is none
+    router: Literal["softmax", "softmax_all", "sigmoid"] = "softmax"  # how the chosen experts are weighted: see MoE
     router_aux: Amount = 0.02  # weight of the load-balancing loss
     router_z: Amount = 0.001  # weight of the z-loss on router logits
-    router_bias: Amount = 0.0  # balancing by a bias: its change at each step, such as 5e-3; then router_aux=0
+    router_bias: Amount = 0.0  # balance by a bias that changes by this per step, such as 5e-3, with router_aux=0
     expert_scales: Literal["shared", "own"] = "shared"  # under HG: one γ for all experts' gates (ups), or one each [R]
     # numbers
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # activations; auto: bfloat16 where a GPU has it
@@ -65,7 +65,7 @@ class GPTConfig:
             raise ConfigError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         self.d_head = self.d_head or self.n_embd // self.n_head
         if self.d_head % 2:
-            raise ConfigError(f"RoPE turns pairs of channels: a head's {self.d_head} are odd")
+            raise ConfigError(f"d_head {self.d_head} is odd, and RoPE rotates pairs of channels")
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
             raise ConfigError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
@@ -98,46 +98,46 @@ class Settings(GPTConfig):
     lr: Amount = 6e-3  # peak learning rate
     scale_lr_mult: Amount = 1.0  # learning rate of scale vectors, relative to lr
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
-    min_lr_frac: Fraction = 0.05  # of lr, where cosine ends; wsd ends at 0
+    min_lr_frac: Fraction = 0.05  # where cosine ends, as a fraction of lr; wsd ends at 0
     warmup_steps: Whole = 100  # steps of linear warm-up
-    decay_frac: Fraction = 0.2  # of all steps: wsd's decay
+    decay_frac: Fraction = 0.2  # length of wsd's decay, as a fraction of max_steps
     shard_optimizer: bool = False  # ZeRO-1: each process keeps a part of the optimizer's state
     weight_decay: Amount = 0.1  # of matrices, embeddings, and the γ that scale_decay names
     scale_decay: Literal["input", "all", "none", "output"] = "all"  # which γ decay, by role; input is IWD
-    decay_direction: bool = False  # scale_decay's decay on or's α too, which leaves γ and makes α turn faster [R]
+    decay_direction: bool = False  # apply scale_decay to or's α too: γ stays, α's effective rate rises [R]
     beta1: Beta = 0.9  # AdamW's
     beta2: Beta = 0.95  # AdamW's
     grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping
     # data and steps
     dataset: str = "pysrc"  # a folder under data/, or a path that contains a slash
     batch_tokens: Count = 2048  # tokens per optimizer step, over all processes
-    micro_batch: Count = 16  # most sequences per forward pass of one process
+    micro_batch: Count = 16  # most sequences in one forward pass of one process
     max_steps: Count = 1000  # optimizer steps
-    stop_at: Whole = 0  # stop after this step, with the schedule of max_steps; --resume=True goes on; 0 is no stop
+    stop_at: Whole = 0  # stop here but keep the schedule of max_steps; --resume=True continues; 0 is off
     eval_interval: Count = 250  # steps between evaluations
     eval_tokens: Whole = 131072  # tokens of an evaluation, spread evenly over the validation split; 0 is all of it
     log_interval: Count = 10  # steps between rows of the log
     save_interval: Count = 250  # steps between checkpoints
     # the run
-    init_from: str = ""  # start from the weights and shape in a folder by export.py, or of a Hugging Face Llama
+    init_from: str = ""  # start with the weights and shape in a folder by export.py or of a Hugging Face Llama
     seed: Seed = 1  # of the initial weights and the order of the data
     out_dir: str = ""  # the run's folder; empty is out/ and the names of the config files
     resume: Literal[False, True, "auto"] = False  # continue from out_dir's checkpoint; auto: if there is one
-    overwrite: bool = False  # start over: a run in out_dir moves to out_dir.1, or the next number that is free
+    overwrite: bool = False  # start over; a run in out_dir is moved to out_dir.1, or the next free number
     device: str = "auto"  # auto: cuda if available, else mps, else cpu
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on cuda
     kernels: Literal["auto", "torch"] = "auto"  # auto: Triton's on cuda; torch: their twins in PyTorch
     dist_timeout: Annotated[float, 0.01, 1e6] = 10.0  # minutes that a process waits for another
     sample_tokens: Whole = 256  # length of the sample that is printed at the end
-    wandb: str = ""  # Weights & Biases project that the rows of log.csv go to as well; empty is none
+    wandb: str = ""  # Weights & Biases project that also gets the rows of log.csv; empty is none
     dry_run: bool = False  # only print the counts and the parameter groups
 
     def __post_init__(self):
         pass  # gpt_config completes them
 
 
-# What a resumed run may change. Beyond rounding, none of these changes what a step computes, but max_steps moves the
-# end of the schedule.
+# What a resumed run may change. None of these changes what a step computes, beyond rounding; max_steps moves the end of
+# the schedule.
 FREE_ON_RESUME = {"micro_batch", "max_steps", "stop_at", "eval_interval", "log_interval", "save_interval", "out_dir",
                   "resume", "overwrite", "device", "dtype", "compile", "kernels", "sample_tokens", "shard_optimizer",
                   "dist_timeout", "dry_run", "wandb"}

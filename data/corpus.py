@@ -4,6 +4,7 @@ What the prepare.py scripts share: turning text files into a folder of tokens, a
 Imports tokens.py and configurator.py.
 """
 
+import argparse
 import hashlib
 import os
 import sys
@@ -128,8 +129,13 @@ def home(path):
     return Path(os.path.expanduser(path))
 
 
-def command_line(prepare, parser):
-    """Runs prepare with the command line's arguments. A mistake of the user is one line on stderr and exit code 2."""
+def command_line(prepare, parser, default):
+    """
+    Adds --out, whose default is described, and runs prepare with the command line's arguments. A mistake of the user is
+    one line on stderr and exit code 2.
+    """
+    parser.add_argument("--out", type=home, default=argparse.SUPPRESS,
+                        help=f"folder to write; train with --dataset=FOLDER (default: {default})")
     streams()
     arguments = vars(parser.parse_args())
     try:
@@ -137,7 +143,7 @@ def command_line(prepare, parser):
     except ConfigError as error:
         parser.exit(2, f"{error}\n")
     except OSError as error:  # a full disk, a folder that cannot be written
-        where = error.filename or arguments["out"] or parser.prog
+        where = error.filename or arguments.get("out") or parser.prog
         parser.exit(2, f"{where}: {error.strerror or error}; make room or choose another --out\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; the same command continues from what is complete\n")

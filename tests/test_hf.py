@@ -144,7 +144,7 @@ REFUSED = [
     (dict(rms_norm_eps="1e-6"), "rms_norm_eps must be a float"), (dict(hidden_size=None), "hidden_size must be an int"),
     (dict(tie_word_embeddings=None), "tie_word_embeddings must be True or False"),
     (dict(num_key_value_heads=0), "its num_key_value_heads is 0, which no model can have"),
-    (dict(num_attention_heads=0), "num_attention_heads must be"), (dict(head_dim=7), "a head's 7 are odd"),
+    (dict(num_attention_heads=0), "num_attention_heads must be"), (dict(head_dim=7), "d_head 7 is odd"),
     (dict(num_key_value_heads=3), "not divisible by n_kv_head 3"), (dict(intermediate_size=50), "has shape"),
     (dict(num_hidden_layers=1), "nanoScale's models have no model.layers.1"),
     (dict(num_hidden_layers=3), "there is no tensor blocks.2"), (dict(num_hidden_layers=10**9), "must be at most"),

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import ConfigError, Parser
-from data.corpus import command_line, finish, home
+from data.corpus import command_line, finish
 from data.tokens import HERE, DataError, GPT2Tokenizer, open_tokens
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -49,5 +49,4 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--shards", type=int, default=8,
                         help="number of training shards, 1 to 103 (default: %(default)s)")
-    parser.add_argument("--out", type=home, default=HERE / "fineweb", help="folder to write (default: data/fineweb)")
-    command_line(prepare, parser)
+    command_line(prepare, parser, "data/fineweb")

@@ -13,7 +13,7 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import Parser
-from data.corpus import command_line, find_files, home, write_corpus
+from data.corpus import command_line, find_files, write_corpus
 from data.tokens import HERE
 
 # More than half of the lines of a code page in encodings/ are in other code pages too, and lib2to3 has two copies of
@@ -55,6 +55,4 @@ if __name__ == "__main__":
                         help="bytes (vocabulary 256) or GPT-2 byte pairs (50257) (default: %(default)s)")
     parser.add_argument("--site_packages", action="store_true",
                         help="add the installed packages to the standard library")
-    parser.add_argument("--out", type=home, help="folder to write (default: data/pysrc; with _gpt2 and _site appended "
-                                                 "for --tokenizer gpt2 and --site_packages)")
-    command_line(prepare, parser)
+    command_line(prepare, parser, "data/pysrc, with _gpt2 or _site added for --tokenizer gpt2 and --site_packages")

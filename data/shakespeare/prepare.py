@@ -41,6 +41,4 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--from", dest="source", type=home, metavar="FILE",
                         help="a copy of the text (default: download it)")
-    parser.add_argument("--out", type=home, default=HERE / "shakespeare",
-                        help="folder to write (default: data/shakespeare)")
-    command_line(prepare, parser)
+    command_line(prepare, parser, "data/shakespeare")

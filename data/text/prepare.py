@@ -40,6 +40,4 @@ if __name__ == "__main__":
                         help="which files, such as '*.txt'; can be repeated (default: all)")
     parser.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="bytes",
                         help="bytes (vocabulary 256) or GPT-2 byte pairs (50257) (default: %(default)s)")
-    parser.add_argument("--out", type=home, default=HERE / "text",
-                        help="folder to write; train with --dataset=FOLDER (default: data/text)")
-    command_line(prepare, parser)
+    command_line(prepare, parser, "data/text")
