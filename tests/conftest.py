@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import os
 import shutil
 import sys
@@ -16,24 +17,44 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402, after the line above
 
+import configurator  # noqa: E402, found by ROOT
+
 # Without a GPU, Triton's kernels run in its interpreter where a test asks for them. Read as kernels.py is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def write_bin(path, tokens):
+    """Write a .bin file and return its path."""
+    from data.tokens import BinWriter
+    with BinWriter(path) as out:
+        out.write(tokens)
+    return path
+
+
+def read_log(out, name="log.csv"):
+    """The rows of a run's CSV file, without how long a step took, which no two runs share."""
+    with open(Path(out) / name, newline="") as f:
+        return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in csv.DictReader(f)]
+
+
+def checkpoint(s):
+    from runs import load_checkpoint
+    return load_checkpoint(Path(s.out_dir) / "ckpt.pt")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of data with some structure to learn: words drawn from a list of 200, as bytes; the same every time."""
-    from data.tokens import BinWriter, load_tokenizer, write_meta
+    from data.tokens import load_tokenizer, write_meta
     folder = tmp_path_factory.mktemp("corpus")
     random = np.random.RandomState(0)
     words = [bytes(random.randint(ord("a"), ord("z") + 1, random.randint(1, 9), np.uint8)) for _ in range(200)]
     often = 1 / np.arange(1, 201)  # Zipf's law
     text = b" ".join(words[i] for i in random.choice(200, 30000, p=often / often.sum()))
     tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
-    for split, part in (("train", tokens[: len(tokens) * 9 // 10]), ("val", tokens[len(tokens) * 9 // 10:])):
-        with BinWriter(folder / f"{split}.bin") as out:
-            out.write(part)
+    write_bin(folder / "train.bin", tokens[: len(tokens) * 9 // 10])
+    write_bin(folder / "val.bin", tokens[len(tokens) * 9 // 10:])
     write_meta(folder, load_tokenizer("bytes"))
     return folder
 
@@ -75,6 +96,25 @@ def finished_once(corpus, tmp_path_factory):
 def finished(finished_once, settings):
     """The folder of settings(), where its run has ended."""
     return Path(shutil.copytree(finished_once, settings().out_dir))
+
+
+@pytest.fixture
+def printing_to(monkeypatch):
+    """A function that makes a file the standard output of a script that has just begun."""
+    def begin(file):
+        for name in ("stdin", "stdout", "stderr", "excepthook"):
+            monkeypatch.setattr(sys, name, getattr(sys, name))
+        monkeypatch.setattr(sys, "argv", ["/some/script.py"])
+        monkeypatch.setattr(sys, "stdout", file)
+        configurator.streams()
+    return begin
+
+
+def reader_that_left(pair):
+    """A stream to write to, whose other end is closed. pair: os.pipe or os.openpty."""
+    ours, theirs = pair()
+    os.close(ours)
+    return open(theirs, "w")
 
 
 @pytest.fixture

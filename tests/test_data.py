@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import refused
+from conftest import write_bin as write
 
 from configurator import ConfigError
 from data.tokens import (
@@ -30,12 +30,6 @@ from data.tokens import (
 )
 
 B = 8  # block size
-
-
-def write(path, tokens):
-    with BinWriter(path) as out:
-        out.write(tokens)
-    return path
 
 
 @pytest.fixture
@@ -62,16 +56,6 @@ def test_layout_is_that_of_llm_c(tmp_path):
     assert path.read_bytes()[1024:] == b"\1\0\2\0\xff\xff"
     tokens, content = open_tokens(path)
     assert tokens.tolist() == [1, 2, 65535] and tokens.dtype == np.uint16 and content.size() == 1030
-
-
-def test_writer_appends_and_cuts(tmp_path):
-    with BinWriter(tmp_path / "a.bin") as out:
-        out.write([1, 2, 3])
-        out.write([])
-        out.write(np.array([4, 5], np.uint16))
-        assert out.cut(2).tolist() == [4, 5]
-        out.write([6])
-    assert open_tokens(tmp_path / "a.bin")[0].tolist() == [1, 2, 3, 6]
 
 
 @pytest.mark.parametrize("count, tokens, said", [(0, [-1], "uint16"), (0, [65536], "uint16"), (0, [1.5], "uint16"),
@@ -341,11 +325,10 @@ def test_missing_data_is_refused_with_the_command_that_makes_it(folder):
         Tokens(folder, "nosplit", B, 256)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 @pytest.mark.parametrize("name", ["train_1.bin", "meta.json"])
-def test_only_regular_files_are_data(folder, make, name):
+def test_only_regular_files_are_data(folder, name):
     (folder / name).unlink(missing_ok=True)
-    make(folder / name)
+    os.mkfifo(folder / name)  # to open it would wait for ever
     with refused(str(folder / name), "not a regular file", error=ConfigError):
         Tokens(folder, "train", B, 1200)
 
@@ -357,29 +340,16 @@ def test_nothing_is_written_over_a_folder(tmp_path):
 
 
 def test_a_file_truncated_while_it_is_in_use_is_refused(tmp_path):
-    """In a process of its own, because reading past the end of a mapped file is a SIGBUS."""
-    code = """
-import os
-from data.tokens import *
-with BinWriter("train.bin") as out:
-    out.write(range(50_000))
-data = Tokens(".", "train", 8, 50_000)
-reads = lambda: data.batch(0, 1000), lambda: data.window(np.arange(data.n_windows))
-for read in reads:
-    read()
-os.truncate("train.bin", 1024)
-for read in reads:
-    try:
+    """Reading past the end of a mapped file would be a SIGBUS."""
+    path = write(tmp_path / "train.bin", np.arange(50_000))
+    data = Tokens(tmp_path, "train", B, 50_000)
+    reads = lambda: data.batch(0, 1000), lambda: data.window(np.arange(data.n_windows))
+    for read in reads:
         read()
-    except DataError as error:
-        print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(HERE.parent)})
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        assert line.startswith("train.bin: truncated while it was in use") and "--resume=True" in line
-    assert len(done.stdout.splitlines()) == 2
+    os.truncate(path, 1024)
+    for read in reads:
+        with refused(f"{path}: truncated while it was in use", "--resume=True"):
+            read()
 
 
 def test_an_open_file_that_is_replaced_is_read_as_it_was_and_others_are_refused(folder, train):
@@ -405,7 +375,7 @@ def test_more_files_than_a_process_may_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
-def test_a_folder_that_cannot_be_listed_is_said_to_be_so(tmp_path):
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "file").touch()
     for name, reason in (("circle", "symbolic links"), ("file", "Not a directory")):
@@ -432,20 +402,12 @@ def test_meta_of_a_larger_vocabulary_is_refused_and_its_other_entries_may_be_any
 
 
 @pytest.mark.parametrize("content", [
-    "{", "[1]", "3", '{"a": ' * 100_000, "[" * 10 ** 6, '{"vocab_size": "256"}', '{"vocab_size": 0}',
-    '{"vocab_size": 1e9}', '{"vocab_size": 65537}', '{"vocab_size": true}', '{"vocab_size": NaN}',
+    "{", '{"vocab_size": "256"}', '{"vocab_size": 0}', '{"vocab_size": 65537}', '{"vocab_size": NaN}',
     '{"vocab_size": null}', '{"tokenizer": ["bytes"]}'])
 def test_impossible_values_in_meta_are_refused(folder, content):
     (folder / "meta.json").write_text(content)
     for read in (lambda: Tokens(folder, "train", B, 1200), lambda: vocabulary(folder)):
         with refused(str(folder / "meta.json"), "delete it"):
-            read()
-
-
-def test_a_folder_that_may_hold_files_of_two_corpora_is_refused(folder):
-    (folder / UNFINISHED).touch()
-    for read in (lambda: Tokens(folder, "train", B, 1200), lambda: vocabulary(folder)):
-        with refused(str(folder), "incomplete", "python data/text/prepare.py FOLDER --out"):
             read()
 
 

@@ -1,17 +1,15 @@
 """Several processes compute what one does, from the same tokens; a rank that dies takes the job down."""
 
-import csv
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import worlds
-from conftest import ROOT
+from conftest import ROOT, read_log
 
 from runs import load_checkpoint
 from train import main
@@ -30,8 +28,7 @@ def flags(s):
 
 
 def losses(out):
-    with open(Path(out) / "log.csv", newline="") as f:
-        return [float(row[column]) for row in csv.DictReader(f) for column in ("train_loss", "val_loss") if row[column]]
+    return [float(row[column]) for row in read_log(out) for column in ("train_loss", "val_loss") if row[column]]
 
 
 def furthest(a, b):
@@ -150,12 +147,22 @@ def start():
         process.communicate()
 
 
-def test_a_process_that_stands_still_ends_the_others_in_one_line(settings, tmp_path, start):
+def test_a_stalled_process_ends_the_others_in_one_line(settings, tmp_path, start):
     (tmp_path / "stands.py").write_text(HOOKED.replace("NAME", "SIGSTOP"))
     first, _ = (start(rank, tmp_path / "stands.py", *flags(settings(dist_timeout=0.5))) for rank in range(2))
     error = first.communicate(timeout=600)[1]
     assert first.returncode == 1 and error.count("\n") == 1, error
     assert "did not answer for 0.5 minutes (--dist_timeout)" in error and "ckpt.pt is kept" in error
+
+
+def test_a_process_whose_data_is_missing_ends_all_of_them_each_in_one_line(settings, tmp_path, start):
+    """As on a machine to which the data was not copied."""
+    both = [start(rank, ROOT / "train.py", *flags(settings(dataset=data)))
+            for rank, data in enumerate((settings().dataset, str(tmp_path / "nowhere")))]
+    first, second = (process.communicate(timeout=600)[1] for process in both)
+    assert [process.returncode for process in both] == [1, 2] and second.count("\n") == 1, first + second
+    assert "process 1: " in second and "nowhere: has no train tokens" in second
+    assert first.count("\n") == 1 and "another process has ended" in first, first
 
 
 def test_a_process_that_never_comes_is_one_line(settings, start):

@@ -1,27 +1,25 @@
-"""Killed, starved of disk, left by its reader, fed with damaged files: a run loses nothing and says one line."""
+"""A kill, a full disk, a closed stdout, a damaged file: a run loses nothing and prints one line."""
 
 import os
 import pickle
 import random
 import resource
 import signal
-import subprocess
 from pathlib import Path
 
 import faults
 import pytest
 import torch
-from conftest import snapshot
+from conftest import reader_that_left, snapshot
 
 import configurator
 import train
 from configurator import ConfigError
-from runlog import LOG_COLUMNS
-from runs import CSVLog, load_checkpoint
+from runs import load_checkpoint
 from train import main
 
 
-def test_killed_runs_end_as_an_undisturbed_one(tmp_path):
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(tmp_path):
     """The short form of `python tests/faults.py`."""
     done = faults.torment(tmp_path / "faults", kills=2, steps=20)
     assert done["kills"] == 2 and done["runs compared"] >= 1
@@ -75,17 +73,6 @@ def test_a_flipped_bit_in_a_tensor_is_refused(finished):
             load_checkpoint(path)
 
 
-def test_a_log_cut_anywhere_keeps_its_whole_rows(finished):
-    path = finished / "log.csv"
-    whole = path.read_bytes()
-    for keep in range(0, len(whole) + 1, 7):
-        path.write_bytes(whole[:keep])
-        CSVLog(path, LOG_COLUMNS, 5).file.close()
-        kept = path.read_bytes().splitlines()
-        complete = whole[:keep].rpartition(b"\n")[0].splitlines()
-        assert kept[0].decode() == ",".join(LOG_COLUMNS) and kept[1:] == complete[1:7]  # steps 0 to 5
-
-
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("ran",)
@@ -102,23 +89,19 @@ def test_a_checkpoint_cannot_run_anything(tmp_path, monkeypatch):
     assert snapshot(tmp_path) == before and not (tmp_path / "ran").exists()
 
 
-def test_a_reader_that_goes_away_stops_a_run_as_a_signal_does(corpus, tmp_path):
-    """`| head -1`. test_configurator.py has the other ways to lose a stream."""
-    ours, theirs = os.pipe()
-    command = [*faults.command(tmp_path / "run", corpus, 10**6), "--eval_interval=10", "--save_interval=1000000"]
-    run = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True)
-    os.close(theirs)
-    while os.read(ours, 1) != b"\n":
-        pass
-    os.close(ours)
-    error = run.communicate(timeout=600)[1]
-    assert (run.returncode, error) == (128 + 13, "")
-    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] >= 1
+@pytest.mark.parametrize("pair", [os.pipe, os.openpty])
+def test_a_closed_stdout_stops_a_run_as_a_signal_does(settings, printing_to, pair):
+    """`| head`, or a terminal whose window is closed. test_configurator.py has the other ways to lose a stream."""
+    printing_to(reader_that_left(pair))
+    with pytest.raises(SystemExit) as stop:
+        main(settings())
+    assert stop.value.code == 128 + signal.SIGPIPE
+    assert load_checkpoint(Path(settings().out_dir) / "ckpt.pt")["step"] == 1
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory\nand more"),
                                    RuntimeError("[enforce fail] can't allocate memory: you tried to allocate")])
-def test_no_memory_is_one_line(settings, monkeypatch, capsys, error):
+def test_out_of_memory_is_one_line(settings, monkeypatch, capsys, error):
     def fail(*args):
         raise error
     monkeypatch.setattr(train, "make_model", fail)
@@ -139,15 +122,3 @@ def test_ctrl_c_before_there_is_a_run_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(configurator.sys, "argv", ["/some/train.py"])
     configurator._ended(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "train.py: interrupted\n"
-
-
-def test_a_terminal_that_hangs_up_is_a_signal_like_others(settings, monkeypatch):
-    s, real = settings(), train.lr_at
-    monkeypatch.setattr(train, "lr_at", lambda i, *a: (i == 2 and os.kill(os.getpid(), signal.SIGHUP), real(i, *a))[1])
-    outer = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
-    try:
-        with pytest.raises(SystemExit) as stop:
-            main(s)
-    finally:
-        signal.signal(signal.SIGHUP, outer)
-    assert stop.value.code == 128 + signal.SIGHUP and load_checkpoint(Path(s.out_dir) / "ckpt.pt")["step"] == 3

@@ -7,7 +7,6 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 from conftest import snapshot
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 import train
 from configurator import ConfigError, configure, read_file
-from data.tokens import DataError, Tokens
 from settings import Settings
 
 NAMES = st.sampled_from([f.name for f in fields(Settings)])
@@ -109,24 +107,3 @@ def test_settings(settings, corpus, capsys, changes):
             assert e.code == 2 and snapshot(here) == before or e.code == 1 and "Try a lower --lr" in said.getvalue()
         assert (here / "file").read_text() == "mine"
         shutil.rmtree(here / "run", ignore_errors=True)
-
-
-@quick(60)
-@given(header=st.one_of(st.binary(max_size=1100), st.lists(
-    st.sampled_from([20240520, 1, 0, 2, -1, 100, 99, 101, 2**31 - 1, -2**31]), min_size=3, max_size=3)),
-    tokens=st.integers(0, 120), odd=st.booleans())
-def test_bin_headers(tmp_path, header, tokens, odd):
-    if isinstance(header, list):
-        header = np.array(header + [0] * 253, "<i4").tobytes()
-    path = tmp_path / "train.bin"
-    content = header + np.arange(tokens, dtype="<u2").tobytes() + b"x" * odd
-    path.write_bytes(content)
-    try:
-        data = Tokens(tmp_path, "train", 8, 256)
-    except DataError as e:
-        one_line(e)
-        assert "train" in str(e)
-    else:
-        x, y = data.batch(0, 5)
-        assert x.shape == (5, 8) and (y[:, :-1] == x[:, 1:]).all() and header[:4] == np.array(20240520, "<i4").tobytes()
-    assert path.read_bytes() == content

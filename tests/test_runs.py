@@ -27,25 +27,17 @@ COLUMNS = ["step", "loss"]
 
 # the lock
 
-@pytest.mark.parametrize("change", [dict(), dict(resume=True), dict(resume="auto"), dict(overwrite=True)], ids=str)
-def test_one_run_at_a_time(settings, finished, change):
-    """Another has just begun, so that there is no config.json that would be refused first."""
-    if not change:
-        (finished / "config.json").unlink()
-        (finished / "ckpt.pt").unlink()
+def test_one_run_at_a_time(settings, finished):
     with lock(finished):
         before = snapshot(finished)
-        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on .*: wait for it") as e:
-            with run_folder(settings(**change)):
-                pass
-        assert "\n" not in str(e.value) and snapshot(finished) == before
-    for name in ("log.csv", "scales.csv"):
-        (finished / name).unlink()
-    with run_folder(settings(**change)):
-        pass
+        for change in (dict(resume=True), dict(overwrite=True)):
+            with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on .*: wait for it"):
+                main(settings(**change))
+        assert snapshot(finished) == before
+    main(settings(overwrite=True))
 
 
-def test_a_folder_is_looked_at_again_once_it_is_locked(settings, monkeypatch):
+def test_a_folder_is_checked_again_once_it_is_locked(settings, monkeypatch):
     """Another run may have begun and ended between the first look and the lock."""
     s, real = settings(), train.open_data
 
@@ -58,7 +50,7 @@ def test_a_folder_is_looked_at_again_once_it_is_locked(settings, monkeypatch):
         main(s)
 
 
-def test_a_file_system_without_locks_is_no_reason_not_to_train(settings, monkeypatch):
+def test_training_works_on_a_file_system_without_locks(settings, monkeypatch):
     def refused(file, how):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr(runs, "fcntl", types.SimpleNamespace(flock=refused, LOCK_EX=0, LOCK_NB=0))
@@ -105,18 +97,7 @@ def test_overwrite_killed_between_two_files_loses_none_and_can_be_repeated(setti
     assert len(snapshot(tmp_path / "run.1")) == 2 and (tmp_path / "run.2" / "config.json").exists()
 
 
-def test_an_old_run_stays_where_nothing_comes_of_the_new_one(settings, finished, tmp_path, monkeypatch):
-    before = snapshot(tmp_path)
-
-    def fail(*args):
-        raise ConfigError("weights of another model")
-    monkeypatch.setattr(train, "make_model", fail)
-    with pytest.raises(ConfigError, match="another model"):
-        main(settings(overwrite=True))
-    assert snapshot(tmp_path) == before
-
-
-def test_a_link_is_followed(settings, tmp_path):
+def test_out_dir_may_be_a_symlink(settings, tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
     main(settings())
     main(settings(overwrite=True, lr=0.01))
@@ -126,7 +107,7 @@ def test_a_link_is_followed(settings, tmp_path):
 
 # folders that cannot be
 
-def test_links_in_a_circle_are_no_folder(settings, tmp_path):
+def test_symlinks_in_a_circle_are_refused(settings, tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "run")
     for name in ("run", "run/below"):
@@ -136,14 +117,14 @@ def test_links_in_a_circle_are_no_folder(settings, tmp_path):
 
 @pytest.mark.parametrize("mode", [0o000, 0o200, 0o500])
 @pytest.mark.parametrize("name", ["closed", "closed/run", "closed/a/run"])
-def test_a_folder_that_is_closed_to_us_is_named(settings, nobody, name, mode):
+def test_a_folder_without_permission_is_named(settings, nobody, name, mode):
     (nobody / "closed").mkdir(mode=mode)
     with pytest.raises(ConfigError, match=f"{nobody}/{name} cannot be (made: {nobody}/closed|used: Permission)"):
         runs.claim_out_dir(settings(out_dir=str(nobody / name)))
     (nobody / "closed").chmod(0o700)
 
 
-def test_a_path_that_is_not_utf8_holds_a_run_like_others(settings, tmp_path, capsys):
+def test_out_dir_need_not_be_utf8(settings, tmp_path, capsys):
     sys.stdout.reconfigure(errors="replace")  # as configurator.streams() does
     out_dir = os.fsdecode(os.fsencode(tmp_path) + b"/\xff run")
     main(settings(out_dir=out_dir))
@@ -207,7 +188,7 @@ def test_the_commit_is_that_of_this_code(checkout, tmp_path, monkeypatch):
     assert runs.git_commit() == commit + " with changes"
 
 
-def test_a_commit_that_is_unknown_says_why(checkout, tmp_path, monkeypatch):
+def test_an_unknown_commit_says_why(checkout, tmp_path, monkeypatch):
     inner = checkout / "inner"  # the code, unpacked into another project's checkout
     inner.mkdir()
     (inner / "runs.py").write_text("")
@@ -222,7 +203,7 @@ def test_a_commit_that_is_unknown_says_why(checkout, tmp_path, monkeypatch):
     assert re.match("unknown: .*timed out after 10 seconds", runs.git_commit())
 
 
-def test_an_edit_that_does_not_parse_yet_has_a_hash(tmp_path, monkeypatch):
+def test_code_that_does_not_parse_has_a_hash(tmp_path, monkeypatch):
     for name in runs.CODE:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
@@ -244,7 +225,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
         log.write({"step": 1, "loss": 2.0})
 
 
-def test_a_log_takes_whatever_is_in_the_file(tmp_path):
+def test_a_resumed_log_keeps_the_valid_rows_up_to_its_step(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text(f"step,loss\n0,3\n1,{'9' * 200_000}\n\n2\n{'7' * 5000},1\n²,1\n2,\"\n3,1,1\n4,1\n2,cut")
     CSVLog(path, COLUMNS, 3).file.close()
@@ -278,9 +259,8 @@ def test_tensors_are_checked_by_name_shape_dtype_and_layout():
     check_tensors({"a": torch.zeros(2, 3)}, wanted, "file")
     for found in ({}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 3).double()}, {"a": torch.zeros(2, 3).to_sparse()},
                   {"a": [[0, 0, 0]] * 2}, {"a": None}, {"a": torch.zeros(2, 3), "b": torch.zeros(1)}, {1: None}):
-        with pytest.raises(ConfigError, match="^file: (a|b|1) is .*, and the run has") as e:
+        with pytest.raises(ConfigError, match="^file: (a|b|1) is .*, and the run has"):
             check_tensors(found, wanted, "file")
-        assert "\n" not in str(e.value)
 
 
 def change(path, edit):
@@ -308,16 +288,18 @@ def first(ckpt):
     (lambda c: c["settings"].update(n_layer=10 ** 9), "n_layer must be at most 10000"),
     (lambda c: c["settings"].update(n_layer=9999), "not ours"),
     (lambda c: c["settings"].update(lr=[[]]), "lr must be a float"),
+    (lambda c: c.update(scaler=5), "not ours"),
+    (lambda c: c.update(scaler={"scale": "large"}), "not ours"),
 ])
 def test_a_checkpoint_is_checked_before_anything_is_made_of_it(settings, finished, edit, message):
     change(Path(settings().out_dir) / "ckpt.pt", edit)
     before = snapshot(settings().out_dir)
-    with pytest.raises(ConfigError, match=message) as e:
+    with pytest.raises(ConfigError, match=f"ckpt.pt.*{message}"):
         main(settings(resume=True, max_steps=10))
-    assert "\n" not in str(e.value) and "ckpt.pt" in str(e.value) and snapshot(settings().out_dir) == before
+    assert snapshot(settings().out_dir) == before
 
 
-def test_hyperparameters_are_the_settings_not_the_files(settings, finished):
+def test_hyperparameters_come_from_the_settings_not_the_checkpoint(settings, finished):
     """A checkpoint cannot make AdamW maximise."""
     reference = settings(max_steps=10)
     path = Path(reference.out_dir) / "ckpt.pt"
@@ -343,7 +325,7 @@ def test_expected_state_is_what_a_step_leaves(settings, kw):
             check_tensors(saved["state"][i], wanted[i], "")
 
 
-def test_a_resumed_run_says_what_is_not_as_it_was(settings, monkeypatch, capsys):
+def test_a_resumed_run_reports_changed_code_and_missing_logs(settings, monkeypatch, capsys):
     """Other code, or a log that is gone: both commits stay in config.json."""
     monkeypatch.setattr(runlog, "git_commit", lambda: "first")
     main(settings())
@@ -362,20 +344,19 @@ def test_a_resumed_run_says_what_is_not_as_it_was(settings, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists what is mapped")
-@pytest.mark.parametrize("kw", [dict(), dict(optimizer="muon")], ids=str)
-def test_a_resumed_run_lets_go_of_the_file_that_it_will_replace(settings, monkeypatch, kw):
+def test_a_resumed_run_unmaps_the_checkpoint_that_it_will_replace(settings, monkeypatch):
     """Mapped, what it trains would change with the file, and a disk would have to hold one checkpoint more."""
-    main(settings(**kw))
+    main(settings())
     real, mapped = train.lr_at, []
 
     def lr_at(*args):
         mapped.append(str(Path(settings().out_dir) / "ckpt.pt") in Path("/proc/self/maps").read_text())
         return real(*args)
     monkeypatch.setattr(train, "lr_at", lr_at)
-    main(settings(resume=True, max_steps=10, **kw))
+    main(settings(resume=True, max_steps=10))
     assert mapped == [False, False]
 
 
-def test_a_run_folder_is_the_masters(settings):
+def test_only_the_master_makes_the_folder(settings):
     with run_folder(settings(), master=False) as out:
         assert not out.exists()
