@@ -68,9 +68,8 @@ def holm(p):
     {key: (p corrected by Holm, the level at which his procedure tests it)} from {key: p}. If nothing differs, any
     corrected p is below LEVEL in at most that share of suites.
 
-    The k-th smallest of m is tested at LEVEL / (m - k + 1). The procedure ends at the first that is not significant, so
-    those after it keep its level: an interval at an arm's level excludes 0 exactly if the arm's corrected p is below
-    LEVEL.
+    The k-th smallest of m is tested at LEVEL / (m - k + 1), until one is not significant; those after it keep its
+    level. So an interval at an arm's level excludes 0 exactly if the arm's corrected p is below LEVEL.
     """
     corrected, largest, level = {}, 0.0, LEVEL / max(1, len(p))
     for rank, key in enumerate(sorted(p, key=p.get)):
@@ -96,7 +95,7 @@ def summarise(rows):
     for row in rows:
         if row["use"] == "report":
             found[row["arm"]][int(row["seed"])] = row
-    arms = {}
+    arms, tested = {}, defaultdict(list)
     for arm, by_seed in found.items():
         losses = {seed: float(row["val_loss"]) for seed, row in sorted(by_seed.items())}
         first = next(iter(by_seed.values()))
@@ -105,25 +104,21 @@ def summarise(rows):
                          "runs": {seed: row["cell"] for seed, row in by_seed.items()},
                          "mean": statistics.mean(losses.values()),
                          **{name: float(first[name]) for name in ("params", "tokens", "flops")}}
-    tested = {}
     for a in arms.values():
         ref = arms.get(a["reference"], {"losses": {}})
-        seeds = [s for s in a["losses"] if s in ref["losses"]]
-        if not seeds:
-            continue
-        differences = [a["losses"][s] - ref["losses"][s] for s in seeds]
-        a["pairs"], a["added"] = len(seeds), a["params"] - ref["params"]
-        a["same"] = a["runs"] == ref["runs"]
-        a["delta"], a["half"] = mean_and_half_width(differences)
-        a["p"], a["verdict"] = None, "not significant"
-        if len(seeds) > 1 and not a["same"]:
-            # the same runs under two names, or compared both ways, are one comparison
-            key = frozenset(frozenset(x["runs"][s] for s in seeds) for x in (a, ref))
-            tested.setdefault(key, (paired_p(differences), []))[1].append((a, differences))
-    corrected = holm({key: p for key, (p, _) in tested.items()})
-    for key, (_, comparisons) in tested.items():
-        for a, differences in comparisons:
-            a["p"], level = corrected[key]
+        if seeds := [s for s in a["losses"] if s in ref["losses"]]:
+            differences = [a["losses"][s] - ref["losses"][s] for s in seeds]
+            a["delta"], a["half"] = mean_and_half_width(differences)
+            a |= {"pairs": len(seeds), "added": a["params"] - ref["params"], "same": a["runs"] == ref["runs"],
+                  "p": None, "verdict": "not significant"}
+            if len(seeds) > 1 and not a["same"]:
+                # the same runs under two names, or compared both ways, are one comparison
+                runs = frozenset(frozenset(x["runs"][s] for s in seeds) for x in (a, ref))
+                tested[runs].append((a, differences))
+    corrected = holm({runs: paired_p(named[0][1]) for runs, named in tested.items()})
+    for runs, named in tested.items():
+        for a, differences in named:
+            a["p"], level = corrected[runs]
             a["half"] = mean_and_half_width(differences, level)[1]
             a["tests"] = len(tested)
             if abs(a["delta"]) > a["half"]:
@@ -166,9 +161,9 @@ def scaling_fits(arms):
         if len(members) < 3:
             continue
         compute = np.array([a["flops"] for a in members]) / PF_DAY
-        a, b = fit_power_law(compute, np.array([m["mean"] for m in members]))
+        a, b = fit_power_law(compute, [m["mean"] for m in members])
         seeds = set.intersection(*(set(m["losses"]) for m in members))
-        by_seed = {s: fit_power_law(compute, np.array([m["losses"][s] for m in members])) for s in sorted(seeds)}
+        by_seed = {s: fit_power_law(compute, [m["losses"][s] for m in members]) for s in sorted(seeds)}
         first, ratio, text = first or by_seed, None, f"L = {a:.4f} C^(−{b:.4f}), C in PFLOP/s-days"
         if len(by_seed) > 1:
             text += f"; exponent over seeds ±{mean_and_half_width([b for _, b in by_seed.values()])[1]:.4f}"
@@ -200,15 +195,14 @@ def results_table(arms):
     """The table of summarise()'s arms."""
     rows = []
     for name, a in arms.items():
-        difference, interval, p, verdict, added = [""] * 5
+        compared = [""] * 4
         if "delta" in a:
-            difference, added = f"{a['delta']:+.4f}", f"{a['added']:+,.0f}"
-            verdict = "same runs" if a["same"] else "one pair" if a["p"] is None else a["verdict"]
+            compared = [f"{a['delta']:+.4f}", "", "", "same runs" if a["same"] else "one pair"]
             if a["p"] is not None:
                 interval = f"{a['delta'] - a['half']:+.4f} … {a['delta'] + a['half']:+.4f}"
-                p = f"{a['p']:.2g}"
-        rows.append([escaped(name), escaped(a["reference"]), f"{a['lr']:g}", f"{a['mean']:.4f}", difference, interval,
-                     p, verdict, str(len(a["losses"])), added, f"{a['tokens']:,.0f}"])
+                compared[1:] = interval, f"{a['p']:.2g}", a["verdict"]
+        rows.append([escaped(name), escaped(a["reference"]), f"{a['lr']:g}", f"{a['mean']:.4f}", *compared,
+                     str(len(a["losses"])), f"{a['added']:+,.0f}" if "added" in a else "", f"{a['tokens']:,.0f}"])
     return markdown_table(["arm", "reference", "lr", "val loss", "difference", "interval", "p", "verdict", "seeds",
                            "parameters added", "tokens"], rows)
 
