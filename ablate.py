@@ -385,6 +385,7 @@ class Runner:
                 last_line = printed(cell).strip().rpartition("\n")[2]
                 self.failed[cell.folder] = f"exit code {process.returncode}: {last_line}"
             return
+        self.suite.outcomes.pop(cell.folder, None)  # it may have been read before the process ended
         (cell.folder / "ckpt.pt").unlink(missing_ok=True)  # of hundreds of cells they would fill the disk
         self.done += cell.flops
         _, count, to_go = self.suite.progress()

@@ -1,5 +1,7 @@
 """
-Statistics of paired runs, and the tables that ablate.py writes. Knows configurator.py.
+Statistics of paired runs, and the tables that ablate.py writes.
+
+Imports configurator.py.
 """
 
 import csv
@@ -21,8 +23,8 @@ LEVEL = 0.05  # how often a suite in which nothing differs may call something a 
 
 def read_csv(path):
     """
-    Rows of a CSV as dicts, without one that a kill cut in the middle; [] if there is no file. Raises ConfigError if it
-    is not a table.
+    Rows of a CSV as dicts, without a last row that a kill cut off; [] if there is no file. Raises ConfigError if it is
+    not a table.
     """
     if not os.path.exists(path):
         return []
@@ -181,7 +183,7 @@ def scaling_fits(arms):
 
 
 def escaped(name):
-    """A name for Markdown, in which no character is a mark."""
+    """A name with Markdown's special characters escaped."""
     return re.sub(r"([\\|*_<`])", r"\\\1", name)
 
 
@@ -222,7 +224,7 @@ def tuning_table(rows):
 
 
 def report_text(rows, command, bad):
-    """results.md from the rows of results.csv: the tables, how to read them, what does not count and why, what ran."""
+    """results.md from the rows of results.csv: the tables, how to read them, what is left out and why, what ran."""
     if not rows:
         return "No cell is finished yet.\n"
     arms, tuning = summarise(rows), [row for row in rows if row["use"] == "tuning"]

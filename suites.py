@@ -1,6 +1,7 @@
 """
-The suites of ablate.py: which arms there are, which arm each is compared with, and the command line that asks for them.
-Knows configurator.py and settings.py.
+The suites of ablate.py: their arms, what each arm is compared with, and ablate.py's command line.
+
+Imports configurator.py and settings.py.
 """
 
 from dataclasses import dataclass

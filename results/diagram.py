@@ -33,7 +33,7 @@ class Picture:
         self.colours, self.parts = colours, []
 
     def text(self, x, y, words, colour="ink", size=13, anchor="middle", bold=False):
-        """Words around (x, y); what follows an underscore is a subscript."""
+        """Words centred at (x, y); what follows an underscore is a subscript."""
         words, _, below = words.partition("_")
         if below:  # set by hand: renderers do not agree on how to centre text of two sizes
             x, anchor = x - (len(below) * 5.6 + (13 if words == "W" else 8)) / 2, "start"

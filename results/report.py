@@ -3,7 +3,7 @@ Make the first tables of results/README.md from the committed results and the pa
 
     python results/report.py
 
-It also writes each results.md anew from its results.csv.
+It also rewrites each results.md from its results.csv.
 results/SUITE holds the results of ablate.py's SUITE at the lab size, results/SUITE_0.86M those at 0.86M parameters.
 """
 
@@ -29,7 +29,7 @@ def noise(path=HERE / "paper.csv"):
 
 
 def ours(arm):
-    """What an arm of summarise() has to say, in a cell of a table."""
+    """The table cell of an arm of summarise()."""
     if arm is None or "delta" not in arm:
         return "not run yet"
     if arm["p"] is None:
@@ -51,8 +51,8 @@ def agrees(number, arm):
 
 def statements(folder, paper):
     """
-    The rows of the table: one per comparison of every suite, each pair of strategies once. A comparison that stands in
-    several suites is quoted from the first, so that it has one verdict.
+    The rows of the table: one per comparison of every suite. A comparison that several suites make is quoted from the
+    first of them, so that it has one verdict.
     """
     rows, seen = [], set()
     for suite in ORDER:
@@ -111,7 +111,7 @@ def commands(folder):
 
 
 def tables(folder=HERE):
-    """The text between the two marks: what the paper says, what we measured, how, and how long it takes."""
+    """The text between the two marks: the paper's numbers and ours, and the commands with their durations."""
     head = ["suite", "comparison", "paper", "lab size (0.27M), interval, verdict", "0.86M", "same direction"]
     lines = markdown_table(head, statements(folder, paper_numbers()))
     lines += ["", *fit_lines(folder), ""]
@@ -122,7 +122,7 @@ def tables(folder=HERE):
 
 
 def main(readme=HERE / "README.md", folder=HERE):
-    for path in folder.glob("*/results.md"):  # in ablate.py's words of today
+    for path in folder.glob("*/results.md"):  # with the current wording
         said = path.read_text(encoding="utf-8")
         bad = dict(re.findall(r"- Not tuned: `(.*?)`: (.*)\.\n", said))
         if command := re.search("- Command: `(python ablate.py .*)`", said):

@@ -13,18 +13,17 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from norms import Branches
+from plot import THEMES, colour, style
 
 C, D = 6, 8  # outputs and inputs of the teacher
 KINDS = {"plain": {"scale_vectors": False}, "gamma": {}, "OR": {"form": "or"}, "DP": {"placement": "dual"}}
-THEMES = {"light": {"paper": "#fbfaf7", "ink": "#24292f", "pale": "#d9d6cf", "base": "#57606a", "ours": "#0072b2",
-                    "other": "#d55e00"},
-          "dark": {"paper": "#161b22", "ink": "#e6edf3", "pale": "#30363d", "base": "#9ea7b3", "ours": "#58a6ff",
-                   "other": "#f0883e"}}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -177,40 +176,30 @@ TITLES = {("OR", "rate"): "At the same weights, OR learns faster\nthan a plain �
 LABELS = {"rate": "speed of the loss, ratio", "early": "lead in loss", "all": "loss", "decay": "E ‖γ‖²"}
 
 
-def style(c):
-    """matplotlib's settings in one theme's colours; the same bytes each time, and text as text."""
-    return {"figure.facecolor": c["paper"], "axes.facecolor": c["paper"], "savefig.facecolor": c["paper"],
-            "text.color": c["ink"], "axes.labelcolor": c["ink"], "axes.edgecolor": c["ink"], "xtick.color": c["ink"],
-            "ytick.color": c["ink"], "grid.color": c["pale"], "axes.grid": True, "axes.spines.top": False,
-            "axes.spines.right": False, "font.size": 8, "font.sans-serif": ["DejaVu Sans", "Arial"],
-            "axes.titlesize": 8.5, "legend.frameon": False, "legend.fontsize": 7.5, "lines.linewidth": 1.6,
-            "figure.constrained_layout.use": True, "svg.hashsalt": "nanoScale", "svg.fonttype": "none"}
-
-
-def draw(panels, c):
-    """The Figure of curves(), in one theme's colours."""
-    from matplotlib.figure import Figure
+def draw(panels):
+    """The Figure of curves()."""
+    colours = {"base": "0.5", "ours": colour(0), "other": colour(1)}
     figure = Figure(figsize=(12.5, 5.2))
     for ax, (panel, title) in zip(figure.subplots(2, 4).flat, TITLES.items()):
         x, lines = panels[panel]
-        for label, (y, colour, dashed) in lines.items():
-            ax.plot(x, y, color=c[colour], label=label, dashes=(3, 2) if dashed else ())
+        for label, (y, name, dashed) in lines.items():
+            ax.plot(x, y, color=colours[name], label=label, dashes=(3, 2) if dashed else ())
         if panel[1] == "all":
             ax.set_yscale("log")
             ax.minorticks_off()
-        ax.set_title(title, loc="left")
+        ax.set_title(title)
         ax.set(xlabel="time", ylabel=LABELS[panel[1]])
         ax.legend()
     return figure
 
 
 def main(folder=HERE, steps=100):
-    from matplotlib import rc_context
     panels = curves(steps)
-    for theme, colours in THEMES.items():
+    for theme in THEMES:
         path = Path(folder) / f"theory_{theme}.svg"
-        with rc_context(style(colours)):
-            draw(panels, colours).savefig(path, metadata={"Date": None, "Creator": None})
+        small = {"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7.5}
+        with rc_context(style(theme) | small | {"svg.fonttype": "none", "text.parse_math": True}):  # text as text
+            draw(panels).savefig(path, metadata={"Date": None, "Creator": None})
         print(path)
 
 

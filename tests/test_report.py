@@ -40,7 +40,7 @@ def test_what_has_not_run_says_so(tmp_path):
     assert len(set(comparisons)) == len(comparisons), "each pair of strategies is quoted once"
 
 
-def test_ours_beside_the_papers_with_interval_verdict_and_direction(tmp_path):
+def test_our_difference_next_to_the_papers_with_interval_verdict_and_direction(tmp_path):
     write_suite(tmp_path, "figure5", {"HG": 0.01, "HG+AP": 0.02, "HG+DNP": 0.0002, "HG+DP": -0.03,
                                       "HG+DNP+OR": -0.02, "HG+DNP+OR+IWD": 0.03, "HG+DNP+ER+IWD": 0.0001})
     text = report.tables(tmp_path)

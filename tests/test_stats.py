@@ -1,4 +1,4 @@
-"""stats.py: what is called a difference, how often wrongly, and the tables."""
+"""stats.py: what counts as a difference, how often wrongly, and the tables."""
 
 import math
 import os
@@ -38,19 +38,6 @@ def test_paired_difference_with_its_interval_and_p():
     assert arm["half"] == pytest.approx(4.302653 * 0.02 / math.sqrt(3))
     assert arm["p"] == pytest.approx(scipy_stats.ttest_rel([1.9, 2.02, 2.08], [2.0, 2.1, 2.2]).pvalue)
     assert (arm["verdict"], arm["pairs"], arm["tests"], arm["added"]) == ("better", 3, 1, 1)
-
-
-def test_seeds_that_move_both_arms_do_not_hide_a_difference():
-    # all pairs agree on −0.01 to a hair, while seeds move the reference by ±0.1
-    arms = stats.summarise(rows({"base": [2.0, 2.1, 2.2], "arm": [1.99, 2.0901, 2.1899]}))
-    assert arms["arm"]["verdict"] == "better"
-    arms = stats.summarise(rows({"base": [1.99, 2.0901, 2.1899], "arm": [2.0, 2.1, 2.2]}))
-    assert arms["arm"]["verdict"] == "worse"
-
-
-def test_one_pair_says_nothing():
-    arm = stats.summarise(rows({"base": [2.0], "arm": [1.0]}))["arm"]
-    assert (arm["half"], arm["p"], arm["verdict"]) == (None, None, "not significant")
 
 
 def test_arms_that_diverged_or_lack_seeds():
@@ -190,7 +177,7 @@ def test_names_cannot_break_the_table():
     assert len(re.split(r"(?<!\\)\|", line)) == 13 and r"x\|b\*\_\<\`" in line
 
 
-def test_what_is_no_table_is_refused_in_one_line(tmp_path):
+def test_a_file_that_is_not_a_table_is_refused_in_one_line(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "long").write_text("step\n" + "9" * 200_000 + "\n")
     (tmp_path / "cut").write_bytes("step,name\n1,γ\n2,γ".encode()[:-1])
