@@ -1,16 +1,18 @@
-"""Mixtures of experts: against a naive formulation, a dense model and Mixtral; balance; runs as exact as dense ones."""
+"""Mixtures of experts: against a naive formulation; balance; runs as exact as dense ones."""
 
 import csv
 import itertools
 from pathlib import Path
 
 import pytest
+import test_model
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from paper import as_written
 from test_ddp import flags, furthest, losses, torchrun
-from test_model import shake, tokens
+from test_model import assert_close, loss_and_gradients, loud, shake, tokens
+from test_train import equal, log, stop_at, weights
 
 import runlog
 import train
@@ -19,50 +21,19 @@ from kernels import rms_norm
 from model import GPT
 from moe import MoE, Route, balance_routers, mixtures, take_router_statistics
 from norms import Branches, ScaleVector
-from optim import StackedMuon, make_optimizers, param_groups, set_lr
+from optim import StackedMuon
 from runs import load_checkpoint
-from settings import FORMS, PLACEMENTS, GPTConfig, Settings, gpt_config
+from settings import FORMS, PLACEMENTS, Settings, gpt_config
 from train import main
 
-TINY = dict(n_layer=2, n_head=2, n_embd=16, ffn_dim=24, vocab_size=31, block_size=12, init_std=0.02,
-            embedding_std=0.02, n_experts=5)
 SHARING = {"one": {}, "hg": dict(heterogeneous=True), "own": dict(heterogeneous=True, expert_scales="own")}
 ROUTERS = ("softmax", "softmax_all", "sigmoid")
 MIXED = dict(n_experts=4, experts_per_token=2, expert_dim=8, shared_dim=8)
 UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
 
 
-def tiny(seed=0, **kw):
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**TINY, **kw}))
-
-
-def loud(model):
-    """fp64, with weights so large and vectors so far from 1 that an error cannot hide."""
-    shake(model).double()
-    for module in model.modules():
-        module.eps = 0.0
-    with torch.no_grad():
-        for _, p, role, _ in model.named_roles():
-            if role in ("matrix", "embedding", "router"):
-                p.mul_(10)
-    return model
-
-
-def loss_and_gradients(model):
-    model.zero_grad(set_to_none=True)
-    x, y = tokens()
-    loss = model(x, y)[1]
-    loss.backward()
-    assert all(p.grad is not None for p in model.parameters())  # DDP waits for each of them
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
-def assert_close(a, b, atol):
-    (loss, grads), (loss_, grads_) = a, b
-    assert abs(loss - loss_) <= atol
-    for name in grads:
-        assert (grads[name] - grads_[name]).abs().max() <= atol, name
+def tiny(**kw):
+    return test_model.tiny(**{"ffn_dim": 24, "n_experts": 5, **kw})
 
 
 def naive(self, h, weights=None):
@@ -175,68 +146,6 @@ def test_grouped_and_looped_models_agree(placement, sharing):
     assert_close(*results, 1e-6)
 
 
-@pytest.mark.parametrize("placement,heterogeneous", list(itertools.product(PLACEMENTS, (False, True))))
-@pytest.mark.parametrize("grouped", [False, True])
-def test_one_expert_is_the_dense_model_exactly(placement, heterogeneous, grouped):
-    kw = dict(placement=placement, heterogeneous=heterogeneous, ffn_dim=24)
-    dense = shake(tiny(n_experts=0, **kw))
-    mixture = tiny(n_experts=1, experts_per_token=1, router_z=0.0, **kw)
-    there = dense.state_dict()
-    theirs = lambda name: name.replace("ffn.experts.", "ffn.").replace("ffn.router.v.shared", "ffn.gate_up.v.shared")
-    state = {name: there[theirs(name)].view_as(x) if theirs(name) in there else x
-             for name, x in mixture.state_dict().items()}
-    mixture.load_state_dict(state)
-    for moe in mixtures(mixture):
-        moe.grouped = grouped
-    (loss, grads), (loss_, grads_) = loss_and_gradients(dense), loss_and_gradients(mixture)
-    assert torch.equal(loss, loss_)
-    compared = set()
-    for name, g in grads_.items():
-        if "router.weight" in name or "router.v.router" in name or (placement == "after" and "router.v" in name):
-            assert (g == 0).all()
-        else:
-            theirs_g = grads[theirs(name)]
-            # the grouped path gathers DNP's u for each row, so that its gradient is summed in another order
-            same = torch.allclose if grouped and ".ffn.experts.gate_up.u." in name else torch.equal
-            assert same(g.view_as(theirs_g), theirs_g), name
-            compared.add(theirs(name))
-    assert compared == set(grads)
-
-
-def test_mixtral_has_the_same_loss():
-    from transformers import MixtralConfig, MixtralForCausalLM
-    model = tiny(n_experts=4, expert_dim=12, reparam="zero_centred")
-    shake(model)
-    with torch.no_grad():
-        for _, p, role, _ in model.named_roles():
-            if role in ("matrix", "embedding", "router"):
-                p.mul_(10)
-    theirs = MixtralForCausalLM(MixtralConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, rms_norm_eps=1e-6, rope_theta=10000.0,
-        max_position_embeddings=12, sliding_window=None, attn_implementation="eager"))
-    state = {"model.embed_tokens.weight": model.wte, "lm_head.weight": model.lm_head.weight["lm_head"],
-             "model.norm.weight": model.lm_head.v["shared"]()}
-    for i, block in enumerate(model.blocks):
-        p, experts = f"model.layers.{i}.", block.ffn.experts
-        state.update({f"{p}self_attn.{c}_proj.weight": block.attn.qkv.weight[c] for c in "qkv"})
-        state.update({f"{p}self_attn.o_proj.weight": block.attn.o,
-                      f"{p}input_layernorm.weight": block.attn.qkv.v["shared"](),
-                      f"{p}post_attention_layernorm.weight": block.ffn.router.v["shared"]()})
-        state[f"{p}mlp.gate.weight"] = block.ffn.router.weight["router"]
-        gate, up = experts.gate_up.weight["gate"], experts.gate_up.weight["up"]
-        state[f"{p}mlp.experts.gate_up_proj"] = torch.cat((gate, up), dim=1)
-        state[f"{p}mlp.experts.down_proj"] = experts.down
-    theirs.load_state_dict({name: x.detach() for name, x in state.items()})
-    x, y = tokens()
-    logits = theirs(x).logits
-    assert (model(x)[0] - logits).abs().max() < 1e-4
-    assert abs(model(x, y)[1] - F.cross_entropy(logits.flatten(0, 1), y.flatten())) < 1e-5
-    for moe in mixtures(model):  # that the convention matters to this comparison
-        moe.config.router = "softmax_all"
-    assert (model(x)[0] - logits).abs().max() > 1e-3
-
-
 # scale vectors
 
 def test_a_stack_is_many_scale_vectors():
@@ -278,25 +187,6 @@ def test_who_has_a_scale_vector_of_its_own():
     assert count(placement="dual", reparam="or", attn_placement="input") == 2 + 16 + 1 + 2 * 5 * 9
 
 
-@pytest.mark.parametrize("scale_decay", ["input", "all", "none", "output"])
-@pytest.mark.parametrize("form", FORMS)
-def test_roles_hold_for_stacks(scale_decay, form):
-    model = tiny(heterogeneous=True, placement="dual", reparam=form, expert_scales="own")
-    seen = set()
-    for group in param_groups(model.named_roles(), 0.1, scale_decay):
-        for p in group["params"]:
-            (name,) = [n for n, q in model.named_parameters() if q is p]
-            role = "output" if ".u." in name else "input" if ".v." in name else None
-            assert (role is None) == (group["name"] in ("matrix", "embedding", "router")), name
-            if role:
-                assert group["name"].startswith(f"scale_{role}")
-                decays = scale_decay in (role, "all") and not (form == "or" and name.endswith("alpha"))
-                assert (group["weight_decay"] > 0) == decays, name
-            assert (group["name"] == "router") == ("router.weight" in name)
-            seen.add(name)
-    assert seen == {n for n, _ in model.named_parameters()}
-
-
 # the optimizer
 
 def test_muon_is_torchs_for_matrices_and_for_each_expert():
@@ -313,25 +203,6 @@ def test_muon_is_torchs_for_matrices_and_for_each_expert():
             for optimizer in ours + theirs:
                 optimizer.step()
         assert (stack - torch.stack(list(each))).abs().max() < 0.02 * 0.1 * 0.2 * max(shape[1:]) ** 0.5
-
-
-def test_muon_takes_stacks_and_leaves_the_router_to_adamw():
-    model = tiny(init_std=0.0, **{name: value for name, value in UNIFIED.items() if name != "scale_decay"})
-    adamw, muon = make_optimizers(param_groups(model.named_roles(), 0.1, "input"), "muon", (0.9, 0.95))
-    names = {p: n for n, p in model.named_parameters()}
-    mine = {names[p] for g in muon.param_groups for p in g["params"]}
-    assert {n for n in mine if ".ffn." in n} == {f"blocks.{i}.ffn.experts.{w}" for i in range(2) for w in (
-        "gate_up.weight.gate", "gate_up.weight.up", "down")}
-    assert any("router.weight" in names[p] for g in adamw.param_groups for p in g["params"])
-    set_lr([adamw, muon], 1e-2)
-    loss_and_gradients(model)
-    name = "blocks.0.ffn.experts.down"
-    before = dict(model.named_parameters())[name].detach().clone()
-    muon.step()
-    update = (dict(model.named_parameters())[name] - before * (1 - 1e-3)) / (1e-2 * 0.2 * 16 ** 0.5)
-    for e in range(5):
-        singular = torch.linalg.svdvals(update[e])
-        assert singular.median() > 0.6 and singular.max() < 1.3
 
 
 # balance
@@ -424,7 +295,6 @@ def test_a_balanced_router_stays_balanced_and_another_does_not(settings, tmp_pat
 @pytest.mark.parametrize("kw", [UNIFIED, dict(router_bias=0.01, router="sigmoid", router_aux=0.0),
                                 dict(optimizer="muon", arch="gemma", expert_scales="own", heterogeneous=True)], ids=str)
 def test_twice_and_resumed_are_bit_for_bit_the_same(settings, tmp_path, monkeypatch, kw):
-    from test_train import equal, log, stop_at, weights
     kw = {**MIXED, **kw}
     reference = settings(**kw)
     main(reference)

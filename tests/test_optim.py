@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from model import GPT
-from norms import ScaleVector
 from optim import lr_at, make_optimizers, param_groups, set_lr
 from settings import FORMS, GPTConfig
 
@@ -28,34 +27,31 @@ def step_on_zero_gradients(model, scale_decay, optimizer="adamw"):
     return {n: (before[n][0], p.detach(), before[n][1]) for n, p in model.named_parameters()}
 
 
+MIXTURE = dict(n_experts=3, expert_dim=6, expert_scales="own")
+
+
 @pytest.mark.parametrize("scale_decay", ["input", "all", "none", "output"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weight_decay_lands_where_the_name_says(scale_decay, form, optimizer):
-    model = tiny(arch="gemma", placement="dual", heterogeneous=True, reparam=form)
+@pytest.mark.parametrize("optimizer,kw", [("adamw", dict(arch="gemma")), ("muon", dict(arch="gemma")),
+                                          ("adamw", MIXTURE), ("muon", MIXTURE)], ids=str)
+def test_weight_decay_lands_where_the_name_says(scale_decay, form, optimizer, kw):
+    model = tiny(placement="dual", heterogeneous=True, reparam=form, **kw)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.5)  # zero_centred's w and er's β and α start at 0, where decay would not show
     seen = set()
     for name, (before, after, role) in step_on_zero_gradients(model, scale_decay, optimizer).items():
         if role in ("input", "output"):
+            assert (role == "input") == (".v." in name and ".u." not in name), name
             # written out once more, by name: decay on or's α would not move γ
             decays = scale_decay in (role, "all") and not (form == "or" and name.endswith("alpha"))
             seen.add((role, decays))
         else:
+            assert (role == "router") == ("router" in name), name
             decays = True
         factor = 1 - LR * WD if decays else 1.0
         assert torch.allclose(after, before * factor, rtol=1e-6, atol=0), name
     assert {role for role, _ in seen} == {"input", "output"}
-
-
-def test_decaying_alpha_of_or_would_have_no_effect():
-    s = ScaleVector(5, "input", "or")
-    with torch.no_grad():
-        s.alpha.copy_(torch.rand(5) + 0.5)
-        before = s().clone()
-        s.alpha.mul_(1 - LR * WD)
-    assert torch.allclose(s(), before, rtol=1e-6)
 
 
 def test_groups_name_roles_and_multiply_lr():
@@ -75,22 +71,23 @@ def test_a_parameter_in_two_groups_is_refused():
         param_groups([("a", p, "matrix", True), ("b", p, "embedding", True)], WD, "all")
 
 
-def test_muon_takes_hidden_matrices_and_adamw_the_rest():
-    model = tiny(heterogeneous=True)
+@pytest.mark.parametrize("kw", [dict(), MIXTURE], ids=["dense", "mixture"])
+def test_muon_takes_hidden_matrices_and_adamw_the_rest(kw):
+    model = tiny(heterogeneous=True, **kw)
     adamw, muon = make_optimizers(param_groups(model.named_roles(), WD, "all"), "muon", (0.9, 0.95))
-    hidden = {id(p) for _, p, role, _ in model.named_roles() if role == "matrix"}
-    assert {id(p) for g in muon.param_groups for p in g["params"]} == hidden
-    assert not hidden & {id(p) for g in adamw.param_groups for p in g["params"]}
+    hidden = {p for name, p in model.named_parameters() if name.startswith("blocks") and p.dim() > 1
+              and "router" not in name and ".v." not in name}
+    assert {p for g in muon.param_groups for p in g["params"]} == hidden
+    assert {p for g in adamw.param_groups for p in g["params"]} == set(model.parameters()) - hidden
     set_lr([adamw, muon], 1e-2)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = model.blocks[0].attn.o.detach().clone()
     x = torch.randint(0, 11, (8, 4))
     model(x, x)[1].backward()
     for o in (adamw, muon):
         o.step()
     # an orthogonalised update has singular values near 1, times lr · 0.2 · √max(shape)
-    name = "blocks.0.attn.qkv.weight.q"
-    w = before[name] * (1 - 1e-2 * WD)
-    update = torch.linalg.svdvals((dict(model.named_parameters())[name] - w) / (1e-2 * 0.2 * 8 ** 0.5))
+    update = (model.blocks[0].attn.o - before * (1 - 1e-2 * WD)) / (1e-2 * 0.2 * 8 ** 0.5)
+    update = torch.linalg.svdvals(update)
     assert 0.6 < update.median() and update.max() < 1.3
 
 
