@@ -1,14 +1,12 @@
 """
-kernels.py's scaled_cast and qk_norm_rope, which stand before and after a GEMM, the second as a Triton kernel. What
-test_kernels.py says of the interpreter holds here too.
+kernels.py's scaled_cast and qk_norm_rope, before and after a GEMM. qk_norm_rope is tested as a Triton kernel; what
+test_kernels.py says of the interpreter holds here, too.
 """
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import ROOT
 from test_kernels import (
     DEVICE,
     DTYPES,
@@ -23,7 +21,7 @@ from test_kernels import (
     seed,
     strided,
 )
-from test_model import shake
+from test_model import UNIFIED, loss_and_gradients, shake, tiny
 from test_norms import naive_rms_norm
 
 import kernels
@@ -48,72 +46,25 @@ def vector(*shape):
 
 # -- scaled_cast ------------------------------------------------------------------------------------------------------
 
-def naive_cast(weights, us, vs, align, align_columns):
-    parts = []
-    for w, u, v in zip(weights, us, vs):
-        w = w if u is None else u.unsqueeze(-1).expand(w.shape) * w
-        w = w if v is None else w * v.unsqueeze(-2).expand(w.shape)
-        parts.append(F.pad(w, (0, -w.size(-1) % align_columns, 0, -w.size(-2) % align)))
-    return torch.cat(parts, dim=-2)
-
-
-def two_casts(lead, ns, k, pattern, share, dtype, align, align_columns):
-    """
-    Our scaled_cast and the naive one as functions of the same tensors, and these. pattern: for each branch a word of
-    'u' and 'v'. share: all branches have one v.
-    """
-    inputs = [randn(*lead, n, k) for n in ns]
-    at = [[None, None] for _ in ns]
-    for i, (n, word) in enumerate(zip(ns, pattern)):
-        if "u" in word:
-            at[i][0] = len(inputs)
-            inputs.append(vector(*lead, n))
-        if "v" in word:
-            first = next((b for _, b in at if b is not None), None) if share else None
-            at[i][1] = len(inputs) if first is None else first
-            if first is None:
-                inputs.append(vector(k) if share else vector(*lead, k))
-
-    def vectors(tensors):
-        return [[None if j is None else tensors[j] for j in side] for side in zip(*at)]
-
-    def ours(*t):
-        return scaled_cast(list(t[:len(ns)]), *vectors(t), dtype, align, align_columns)
-
-    def naive(*t):
-        return naive_cast(t[:len(ns)], *vectors(t), align, align_columns)
-    return ours, naive, inputs
-
-
-SHAPES = [((), (37, 70), 45), ((), (1, 33), 130), ((), (8, 16), 16), ((3,), (9, 40), 10), ((2, 2), (3, 5), 4),
-          ((), (0, 3), 5), ((), (4, 4), 1), ((), (2, 3), 0)]
-
-
-@pytest.mark.parametrize("lead,ns,k", SHAPES)
-@pytest.mark.parametrize("pattern,share", [(("", ""), False), (("v", "v"), True), (("v", "v"), False),
-                                           (("uv", "uv"), False), (("u", "v"), False)])
+@pytest.mark.parametrize("lead,ns,k", [((), (37, 70), 45), ((), (1, 33), 130), ((), (8, 16), 16), ((3,), (9, 40), 10),
+                                       ((2, 2), (3, 5), 4), ((), (0, 3), 5), ((), (2, 3), 0)])
+@pytest.mark.parametrize("pattern", [("", ""), ("v", "v"), ("uv", "uv"), ("u", "v")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scaled_cast_against_float64(lead, ns, k, pattern, share, dtype):
-    f, naive, inputs = two_casts(lead, ns, k, pattern, share, dtype, 8, 4)
-    n_padded, k_padded = sum(n + -n % 8 for n in ns), k + -k % 4
-    ours = against_float64(f, naive, inputs, [randn(*lead, n_padded, k_padded, dtype=dtype)], dtype)
-    assert ours[0].dtype == dtype and [g.dtype for g in ours[1:]] == [torch.float32] * len(inputs)
-
-
-def test_the_padding_is_zero_and_nan_and_inf_stay_where_they_are():
-    w, u, v = randn(5, 6), vector(5), vector(6)
-    w[0, 1], u[2], v[4] = math.nan, math.inf, math.nan
-    d = randn(8, 8)
-    d[5:], d[:, 6:] = math.nan, math.nan  # the padding is no part of the function: its gradient is no one's
-    out, dw, du, dv = outputs_and_grads(
-        lambda *t: scaled_cast([t[0]], [t[1]], [t[2]], torch.float32, 8, 8), [w, u, v], [d], "triton")
-    assert (out[5:] == 0).all() and (out[:, 6:] == 0).all()
-    bad = torch.zeros(5, 6, dtype=torch.bool, device=DEVICE)
-    bad[0, 1], bad[2], bad[:, 4] = True, True, True
-    assert (out[:5, :6].isfinite() == ~bad).all()
-    bad[0, 1] = False
-    assert (dw.isfinite() == ~bad).all()
-    assert not du.isfinite().any() and dv.isfinite().tolist() == [False] * 6  # column 4, row 2 are in each
+def test_scaled_cast_branch_by_branch(lead, ns, k, pattern, dtype):
+    """Its gradients are autograd's own. pattern: which branch has a u and a v."""
+    weights = [randn(*lead, n, k) for n in ns]
+    us, vs = ([vector(*lead, size) if name in word else None for word, size in zip(pattern, sizes)]
+              for name, sizes in (("u", ns), ("v", (k, k))))
+    out, first = scaled_cast(weights, us, vs, dtype, 8, 4), 0
+    assert out.dtype == dtype
+    for w, u, v in zip(weights, us, vs):
+        w = w if v is None else torch.einsum("...nk,...k->...nk", w, v)
+        w = w if u is None else torch.einsum("...nk,...n->...nk", w, u)
+        rows = out[..., first:first + w.size(-2) + -w.size(-2) % 8, :]
+        torch.testing.assert_close(rows[..., :w.size(-2), :k], w.to(dtype))
+        assert rows.count_nonzero() == rows[..., :w.size(-2), :k].count_nonzero()  # the rest is padding
+        first += rows.size(-2)
+    assert out.shape == (*lead, first, k + -k % 4)
 
 
 def test_a_weight_with_nothing_to_do_is_itself():
@@ -250,23 +201,14 @@ def test_what_qk_norm_rope_leaves_to_the_twin(launched):
     assert launched == ROPE[:1] * GPU
 
 
-# -- both -------------------------------------------------------------------------------------------------------------
-
-def cases():
-    f, _, inputs = two_casts((2,), (37, 5), 10, ("uv", "v"), True, torch.float16, 8, 8)
-    yield f, inputs, [randn(2, 48, 16, dtype=torch.float16)]
-    (f, _), inputs, douts = heads(2, 9, 6, 4, 2, "qkv", "n1", torch.float16)
-    yield f, inputs, douts
-
-
 def test_inputs_and_arriving_gradients_are_left_as_they_were_and_runs_repeat_bit_for_bit():
-    for f, inputs, douts in cases():
-        before = [t.clone() for t in (*inputs, *douts)]
-        first = outputs_and_grads(f, inputs, douts, "triton")
-        assert all(map(torch.equal, before, (*inputs, *douts)))
-        assert all(map(torch.equal, first, outputs_and_grads(f, inputs, douts, "triton")))
-        addresses = {t.data_ptr() for t in (*inputs, *douts)}
-        assert not any(t.data_ptr() in addresses for t in first)
+    (f, _), inputs, douts = heads(2, 9, 6, 4, 2, "qkv", "n1", torch.float16)
+    before = [t.clone() for t in (*inputs, *douts)]
+    first = outputs_and_grads(f, inputs, douts, "triton")
+    assert all(map(torch.equal, before, (*inputs, *douts)))
+    assert all(map(torch.equal, first, outputs_and_grads(f, inputs, douts, "triton")))
+    addresses = {t.data_ptr() for t in (*inputs, *douts)}
+    assert not any(t.data_ptr() in addresses for t in first)
 
 
 def test_opcheck():
@@ -281,35 +223,17 @@ def test_opcheck():
 
 
 def test_compiled_without_graph_breaks_is_eager():
-    for f, inputs, douts in cases():
-        eager = outputs_and_grads(f, inputs, douts, "triton")
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-        assert all(map(torch.equal, eager, outputs_and_grads(compiled, inputs, douts, "triton")))
+    (f, _), inputs, douts = heads(2, 9, 6, 4, 2, "qkv", "n1", torch.float16)
+    eager = outputs_and_grads(f, inputs, douts, "triton")
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, eager, outputs_and_grads(compiled, inputs, douts, "triton")))
 
 
-MODELS = {
-    "baseline": [], "hg": [], "dp": [], "unified": [], "gemma_unified": [],
-    "gqa": ["--n_kv_head=1", "--placement=dual_norm", "--heterogeneous=True", "--reparam=or"],
-    "moe": ["--n_experts=3", "--experts_per_token=2", "--placement=dual", "--heterogeneous=True",
-            "--expert_scales=own"],
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_with_kernels_is_the_model_without(name, launched):
-    from configurator import configure
-    from model import GPT
-    from settings import Settings, gpt_config
-    small = ["--n_layer=1", "--n_head=2", "--n_embd=12", "--block_size=4", "--vocab_size=31", *MODELS[name]]
-    file = ROOT / "config" / f"{name}.py"
-    config = gpt_config(configure(Settings, [str(file)] * file.exists() + small)[0])
-    model = shake(GPT(config)).to(DEVICE)
-    idx, targets = torch.randint(0, 31, (2, 2, 4), device=DEVICE)
-    results = {}
+@pytest.mark.parametrize("kw", [dict(), UNIFIED, dict(arch="gemma")], ids=str)
+def test_a_model_whose_heads_share_keys_is_the_same_with_and_without_kernels(kw, launched):
+    model, results = shake(tiny(n_layer=1, n_kv_head=1, init_std=0.0, embedding_std=0.0, **kw)).to(DEVICE), []
     for way in ("torch", "triton"):
         with backend(way):
-            _, loss = model(idx, targets)
-            results[way] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+            results.append(loss_and_gradients(model))
     assert {*ROPE} <= {*launched}
-    for ours, theirs in zip(results["triton"], results["torch"]):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
