@@ -199,7 +199,7 @@ def set_aside(out):
     old.mkdir()
     stays = {"train.lock", "wandb"}  # both are in use
     # config.json last, so that after a kill in between this is still a run's folder
-    for name in sorted(set(os.listdir(out)) - stays, key="config.json".__eq__):
+    for name in sorted(set(os.listdir(out)) - stays, key=lambda name: name == "config.json"):
         os.rename(out / name, old / name)
     print(f"{out} held a run, which is now in {old}")
 

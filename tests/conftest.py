@@ -59,6 +59,9 @@ def corpus(tmp_path_factory):
     return folder
 
 
+UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
+
+
 def small(corpus, **kw):
     """Settings of a run of a second or so."""
     from settings import Settings
@@ -66,6 +69,11 @@ def small(corpus, **kw):
                warmup_steps=2, eval_interval=4, eval_tokens=512, log_interval=1, save_interval=4, sample_tokens=0,
                device="cpu")
     return Settings(**{**few, "dataset": str(corpus), **kw})
+
+
+def flags(s):
+    """Settings as a command line."""
+    return [f"--{name}={value}" for name, value in vars(s).items()]
 
 
 @pytest.fixture

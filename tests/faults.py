@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, read_log, write_bin  # puts the project on sys.path
+from conftest import ROOT, UNIFIED, flags, read_log, small, write_bin  # puts the project on sys.path
 from tqdm import tqdm
 
 from configurator import Parser
@@ -27,10 +27,9 @@ from runs import load_checkpoint
 
 
 def command(out, data, steps):
-    return [sys.executable, str(ROOT / "train.py"), str(ROOT / "config" / "unified.py"), f"--out_dir={out}",
-            f"--dataset={data}", f"--max_steps={steps}", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=16",
-            "--batch_tokens=64", "--micro_batch=2", "--eval_interval=7", "--eval_tokens=64", "--log_interval=1",
-            "--save_interval=1", "--sample_tokens=0", "--device=cpu", "--warmup_steps=5"]
+    s = small(data, out_dir=str(out), max_steps=steps, n_embd=64, micro_batch=2, eval_interval=7, eval_tokens=64,
+              save_interval=1, **UNIFIED)
+    return [sys.executable, str(ROOT / "train.py"), *flags(s)]
 
 
 def outcome(out):

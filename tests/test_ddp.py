@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import worlds
-from conftest import ROOT, read_log
+from conftest import ROOT, UNIFIED, flags, read_log
 
 from runs import load_checkpoint
 from train import main
@@ -20,11 +20,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 def torchrun(n, *args):
     return subprocess.run([*TORCHRUN, "--standalone", f"--nproc_per_node={n}", *map(str, args)], capture_output=True,
                           text=True, timeout=600)
-
-
-def flags(s):
-    """Settings as a command line."""
-    return [f"--{name}={value}" for name, value in vars(s).items()]
 
 
 def losses(out):
@@ -40,7 +35,7 @@ def furthest(a, b):
 def world(corpus, tmp_path_factory):
     """(folder, what became of each of worlds.py's cases in each process, what they printed)"""
     out = tmp_path_factory.mktemp("world")
-    main(worlds.settings("unified", out / "resumed", corpus, "--stop_at=8"))
+    main(worlds.settings(out / "resumed", corpus, stop_at=8, **UNIFIED))
     other = shutil.copytree(corpus, out / "other")
     with open(other / "train.bin", "r+b") as f:
         f.seek(5000)
@@ -50,10 +45,10 @@ def world(corpus, tmp_path_factory):
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)], run.stdout
 
 
-@pytest.mark.parametrize("name", ["baseline", "unified"])
-def test_losses_do_not_depend_on_the_world_size(name, world, corpus, tmp_path):
+@pytest.mark.parametrize("name, kw", [("baseline", {}), ("unified", UNIFIED)])
+def test_losses_do_not_depend_on_the_world_size(name, kw, world, corpus, tmp_path):
     out, _, printed = world
-    main(worlds.settings(name, tmp_path / name, corpus))
+    main(worlds.settings(tmp_path / name, corpus, **kw))
     assert furthest(losses(out / name), losses(tmp_path / name)) <= 1e-5
     assert printed.count(f"out_dir: {out / name}\n") == 1  # only rank 0 prints
 
@@ -64,12 +59,12 @@ def test_a_run_goes_from_one_process_to_two_and_back(world, corpus, tmp_path):
     assert (first["resumed"], second["resumed"]) == ("exit 143", "exit 143") and "a signal at step 17" in printed
     assert load_checkpoint(out / "resumed" / "ckpt.pt")["step"] == 17
     shutil.copytree(out / "resumed", tmp_path / "resumed")
-    main(worlds.settings("unified", tmp_path / "resumed", corpus, "--resume=True"))
+    main(worlds.settings(tmp_path / "resumed", corpus, resume=True, **UNIFIED))
     assert furthest(losses(tmp_path / "resumed"), losses(out / "unified")) <= 1e-5
 
 
 @pytest.mark.parametrize("case, said", [
-    ("lr", f"process 1 has lr 0.1 (process 0: {worlds.Settings().lr}): start all"),
+    ("lr", "process 1 has lr 0.1 (process 0: 0.006): start all"),
     ("max_steps", f"process 1 has max_steps 9 (process 0: {worlds.STEPS}): start all"),  # it would wait for ever
     ("data", ", data {")])
 def test_processes_that_differ_do_not_train_and_the_first_says_why(world, case, said):
@@ -108,14 +103,15 @@ def test_two_nodes(settings, tmp_path):
 HOOKED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / 'tests')!r})
-import worlds, train
+import conftest, train
+from configurator import configure
 real = train.lr_at
 def lr_at(step, *a):
     if step == 6 and os.environ['RANK'] == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
         os.kill(os.getpid(), signal.NAME)
     return real(step, *a)
 train.lr_at = lr_at
-train.run(worlds.configure(train.Settings, sys.argv[1:])[0])
+train.run(configure(train.Settings, sys.argv[1:])[0])
 """
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint, read_log
+from conftest import ROOT, UNIFIED, checkpoint, read_log
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +17,6 @@ from settings import Settings
 from train import Diverged, main
 
 GRAD_SCALER = torch.amp.GradScaler
-UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
 
 # name, compute capability or None for ROCm -> dtype of activations, peak
 GPUS = {

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, read_log, snapshot, write_bin
+from conftest import ROOT, UNIFIED, checkpoint, read_log, snapshot, write_bin
 
 import runlog
 import train
@@ -22,8 +22,6 @@ from data.tokens import load_tokenizer, write_meta
 from norms import ScaleVector
 from settings import Settings, batch_plan
 from train import Diverged, main
-
-UNIFIED = dict(heterogeneous=True, placement="dual_norm", reparam="or", scale_decay="input")
 
 
 def log(s, column="train_loss"):

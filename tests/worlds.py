@@ -14,21 +14,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import ROOT  # puts the project on sys.path
+from conftest import UNIFIED, small  # puts the project on sys.path
 
 import train
-from configurator import configure
-from settings import Settings
 
 STEPS = 30
 
 
-def settings(name, out_dir, dataset, *flags):
-    small = [f"--out_dir={out_dir}", f"--dataset={dataset}", f"--max_steps={STEPS}", "--n_layer=2", "--n_head=2",
-             "--n_embd=16", "--block_size=16", "--batch_tokens=128", "--micro_batch=8", "--warmup_steps=2",
-             "--eval_interval=10", "--eval_tokens=512", "--log_interval=1", "--save_interval=1000",
-             "--sample_tokens=0", "--device=cpu"]
-    return configure(Settings, [str(ROOT / "config" / f"{name}.py"), *small, *flags])[0]
+def settings(out_dir, dataset, **kw):
+    return small(dataset, **dict(out_dir=str(out_dir), max_steps=STEPS, batch_tokens=128, micro_batch=8,
+                                 eval_interval=10, save_interval=1000) | kw)
 
 
 def with_signal(step, s):
@@ -60,20 +55,20 @@ def graphs(s, megabytes):
 
 def cases(out, dataset, other, second):
     """(name, what to do) of each; second: whether this is the second process."""
-    def make(name, *flags, config="baseline"):
-        return settings(config, out / name, dataset, *flags)
-    wide = ["--n_layer=4", "--n_embd=192", "--compile=True", "--micro_batch=2", "--max_steps=2", "--eval_tokens=16"]
+    def make(name, **kw):
+        return settings(out / name, dataset, **kw)
+    wide = dict(n_layer=4, n_embd=192, compile=True, micro_batch=2, max_steps=2, eval_tokens=16, **UNIFIED)
     yield "baseline", lambda: train.main(make("baseline"))
-    yield "unified", lambda: train.main(make("unified", config="unified"))
+    yield "unified", lambda: train.main(make("unified", **UNIFIED))
     # accumulating, and with a share of the optimizer's state each; one of the two hears the signal
     yield "resumed", lambda: with_signal(16 if second else None, make(
-        "resumed", "--resume=True", "--micro_batch=2", "--shard_optimizer=True", config="unified"))
-    yield "uneven", lambda: train.main(make("uneven", "--batch_tokens=80"))
-    yield "lr", lambda: train.main(make("lr", *["--lr=0.1"] * second))
-    yield "max_steps", lambda: train.main(make("max_steps", *["--max_steps=9"] * second))
-    yield "data", lambda: train.main(make("data", *[f"--dataset={other}"] * second))
-    yield "small buckets", lambda: graphs(make("small", *wide, config="unified"), 1.1)
-    yield "large buckets", lambda: graphs(make("large", *wide, config="unified"), 1000)
+        "resumed", resume=True, micro_batch=2, shard_optimizer=True, **UNIFIED))
+    yield "uneven", lambda: train.main(make("uneven", batch_tokens=80))
+    yield "lr", lambda: train.main(make("lr", lr=0.1 if second else 0.006))
+    yield "max_steps", lambda: train.main(make("max_steps", max_steps=9 if second else STEPS))
+    yield "data", lambda: train.main(settings(out / "data", other if second else dataset))
+    yield "small buckets", lambda: graphs(make("small", **wide), 1.1)
+    yield "large buckets", lambda: graphs(make("large", **wide), 1000)
 
 
 if __name__ == "__main__":
