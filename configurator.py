@@ -182,7 +182,7 @@ def help_text(settings_class):
 
 
 class _Stream:
-    """A standard stream to print to. Once it cannot be written, what is printed to it goes nowhere."""
+    """A standard stream. Once writing to it has failed, `error` says why, and what is printed goes nowhere."""
 
     def __init__(self, stream):
         self._stream, self.error = stream, None
@@ -208,9 +208,9 @@ class _Stream:
 
 def streams():
     """
-    Every script calls this first. A character that a terminal cannot show becomes a question mark. A stream that is
-    closed, a full disk behind it, or a reader that has gone, as `| head` does, ends the printing and not the script;
-    unheard() tells. Ctrl-C is one line.
+    Make the standard streams safe to print to; every script calls this first. A character that the terminal cannot show
+    becomes a question mark. A closed stream, a full disk or a reader that has gone (`| head`) ends the printing but not
+    the script, and unheard() is True from then on. Ctrl-C prints one line.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # opened in this order they become 0, 1 and 2, which no other file may become
@@ -230,7 +230,7 @@ def _ended(kind, error, trace):
 
 
 def unheard():
-    """Whether what is printed goes nowhere: its reader has gone, its terminal was lost, or its disk is full."""
+    """Whether printing goes nowhere: the reader or the terminal has gone, or the disk is full."""
     return any(getattr(stream, "error", None) is not None for stream in (sys.stdout, sys.stderr))
 
 

@@ -390,10 +390,7 @@ def test_help_shows_the_docstring_and_the_defaults(run, module):
     ("text", [".", "--out", "circle"], "circle: File exists"),
     ("text", [".", "--glob", ""], "--glob"),
     ("text", [".", "--glob", "/etc/*"], "--glob"),
-    ("fineweb", ["--shards", "9" * 400], "1 to 103"),
-    ("fineweb", ["--shards", "x"], "--shards"),
     ("fineweb", ["--shards", "0"], "1 to 103"),
-    ("shakespeare", ["--from", "file"], "not tiny Shakespeare"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, run, corpus_, arguments, said):
     (tmp_path / "file").write_text("a text")

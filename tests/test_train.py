@@ -145,13 +145,6 @@ def test_wandb_gets_the_rows_of_the_log(settings, monkeypatch):
     assert set(rows[4]) == set(runlog.LOG_COLUMNS)
 
 
-def test_a_missing_wandb_is_refused_before_anything_is_written(settings, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="--wandb=gammas: .*wandb"):
-        main(settings(wandb="gammas"))
-    assert not Path(settings().out_dir).exists()
-
-
 @pytest.mark.parametrize("router, said", [("softmax", True), ("sigmoid", True), ("softmax_all", False)])
 def test_a_router_that_the_loss_cannot_train_is_reported(settings, capsys, router, said):
     """With one expert per token its weight is 1, whatever the logits are."""
@@ -179,7 +172,7 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(settings, monkeypatch, caps
     assert checkpoint(s)["step"] == 4  # what save_interval had left
 
 
-# faults
+# evaluation
 
 def test_evaluation_covers_the_whole_validation_split(settings, tmp_path, monkeypatch):
     """The halves of this split differ, and so would the loss of either; here a target's loss is the target itself."""
@@ -220,6 +213,8 @@ def test_shards_without_a_meta_json_need_no_tokenizer(settings, corpus, tmp_path
     assert "val_loss: " in printed and "val_bpb" not in printed
     assert checkpoint(s)["tokenizer"] is None
 
+
+# faults
 
 def test_a_nan_in_one_gradient_never_reaches_the_weights(settings, monkeypatch):
     s = settings(max_steps=20, save_interval=1)
@@ -325,8 +320,10 @@ def test_other_data_is_refused_on_resume(settings, corpus, tmp_path):
     (dict(device="gpu"), "device must be auto"),
     (dict(device="cuda:77"), "cannot be used here"),
     (dict(device="mps:77"), "cannot be used here: .{,150}$"),
+    (dict(wandb="gammas"), "--wandb=gammas: .*wandb"),  # which is not installed
 ])
-def test_impossible_settings_are_refused_before_anything_is_written(settings, kw, message, capsys):
+def test_impossible_settings_are_refused_before_anything_is_written(settings, kw, message, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     s = settings(**kw)
     with pytest.raises(SystemExit) as stop:
         train.run(s)
