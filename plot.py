@@ -155,7 +155,7 @@ def panels(names, arms):
 
 
 def finding(compared):
-    """What the comparisons say, as a title. compared: {arm: a dict of summarise()}."""
+    """A title that says what came out. compared: {arm: a dict of summarise()}."""
     tested = {name: a for name, a in compared.items() if a.get("p") is not None}
     if not tested:
         return "One pair of runs each: another seed would move these differences"
@@ -380,11 +380,10 @@ def plot_suite(folder, gamma=None):
             of_cell[row["cell"]].append({"arm": row["arm"], "seed": int(row["seed"])})
     logs, scales = ([{**row, **names} for row in read_csv(folder / f"{log}.csv") for names in of_cell[row["cell"]]]
                     for log in ("curves", "scales"))
-    vectors = defaultdict(list)
-    for row in scales:
-        vectors[row["arm"]].append(row)
-    if gamma and gamma not in vectors:
-        raise ConfigError(f"{folder}/scales.csv has no arm {gamma!r}; it has {', '.join(vectors) or 'none'}")
+    series_of = {arm: gamma_series(row for row in scales if row["arm"] == arm) for arm in arms}
+    series_of = {arm: series for arm, series in series_of.items() if series}
+    if gamma and gamma not in series_of:
+        raise ConfigError(f"{folder}/scales.csv has no arm {gamma!r}; it has {', '.join(series_of) or 'none'}")
     makers, fits = {}, scaling_fits(arms)
     if compared:
         makers["ablation"] = partial(ablation, arms, compared, paper)
@@ -392,7 +391,6 @@ def plot_suite(folder, gamma=None):
         makers["scaling"] = partial(scaling, arms, fits)
     elif found := {name: d for name, d in differences(arms, by_seed(logs)).items() if name in compared}:
         makers["curves"] = partial(curves, arms, found, paper)
-    series_of = {arm: series for arm in vectors if (series := gamma_series(vectors[arm]))}
     if series_of:
         arm = gamma or max(series_of, key=lambda arm: len(series_of[arm]))
         makers["gammas"] = partial(gammas, arm, series_of[arm])

@@ -152,6 +152,7 @@ def test_longer_runs_take_the_rate_of_the_arm_they_name(tiny):
     (["primary", "--lrs=1e-3,2e-3"], "takes one rate, or three and more"),
     (["primary", "--device=cuda:99"], "cannot be used here"), (["primary", "--max_step=3"], "Did you mean 'max_steps'"),
     (["primary", "--reparam=or"], "cannot hold for every cell: baseline has reparam 'direct'"),
+    ([ONE, "--reparam=direct"], "Leave it out, or compare strategy files without it"),
     (["figure6", "--sizes=1"], "--n_embd=16 cannot hold for every cell: baseline at 1x32 has n_embd 32"),
     (["primary", "--init_from=nowhere"], "nowhere")])
 def test_mistakes_are_refused_before_anything_runs(args, message, tiny):
