@@ -160,6 +160,8 @@ def test_runs_against_the_first_and_a_single_run(tmp_path, drawn):
     plot.main([str(tmp_path / "unified")])
     assert drawn["curves"].get_suptitle() == "unified ends at 1.7500 nats"
     assert set(words(drawn["curves"])) == {"val_loss", "train_loss"}
+    low, high = drawn["curves"].axes[0].get_ylim()
+    assert low < 1.75 and 2.55 < high < 2.75  # without the first fifth
 
 
 def test_out_is_another_folder(tmp_path, monkeypatch):
