@@ -203,7 +203,7 @@ def arms_of(call, inputs, device):
     """(arm, 'forward' or 'both') -> a function that runs an op's forward pass, or forward and backward."""
     torch._dynamo.reset()  # each op gets a fresh cache of compiled code, of which there may be eight for one lambda
     ways = {"eager": ("torch", call), "compile": ("torch", torch.compile(call, dynamic=False))}
-    if device.type == "cuda":  # the interpreter has no speed to speak of
+    if device.type == "cuda":  # the interpreter's speed says nothing
         ways["triton"] = "triton", call
     arms = {}
     for name, (backend, run) in ways.items():
@@ -264,8 +264,8 @@ def hf_loss(run, x, y):
 
 class Arm:
     """
-    A model and its training step, that of train.py's loop on one micro-batch: forward, backward, clipping, a look at
-    the loss, AdamW. The learning rate is 0: the same work, and every step starts from the same weights.
+    A model and its training step, that of train.py's loop on one micro-batch: forward, backward, clipping, AdamW,
+    reading the loss. The learning rate is 0: the same work, and every step starts from the same weights.
     """
 
     def __init__(self, model, way, optimizers, batches, loss=own_loss):
@@ -394,7 +394,7 @@ def bench_peers(a):
     peers = {"Hugging Face's Llama": (hf_llama(ours.model.config, a.device), hf_loss)}
     if a.nanogpt:
         peers["nanoGPT"] = nanogpt(a.nanogpt, settings_of(a.size), a.device), own_loss
-    # mixed precision as everyone has it there: fp32 weights under autocast
+    # the usual mixed precision: fp32 weights under autocast
     autocast = torch.autocast(a.device.type, getattr(torch, a.dtype), enabled=a.dtype != "float32")
     arms = {("nanoScale", way): Arm(ours.model, way, ours.optimizers, ours.batches) for way in a.ways}
     for name, (peer, loss) in peers.items():

@@ -143,7 +143,7 @@ if __name__ == "__main__":
     record()
     names = sys.argv[1:] or list(SHARED)
     with TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder  # in its usual one, what went wrong would be found, and nothing said
+        os.environ["TRITON_CACHE_DIR"] = folder  # the usual one holds earlier results without their messages
         try:
             with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
                 print(json.dumps(dict(zip(names, pool.map(compiled, names)))))

@@ -99,7 +99,7 @@ def on_a_cpu(size):
 
 @pytest.fixture
 def run(toy, tmp_path, monkeypatch, ceilings):
-    """A function that runs a verb on the toy. torch.compile traces and leaves the tracing as it is: no C++ is built."""
+    """A function that runs a verb on the toy. torch.compile only traces, so that no C++ is compiled."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, backend="eager", **kw))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -317,7 +317,7 @@ def test_bad_requests_are_refused(run, monkeypatch, tmp_path):
 
 @pytest.fixture
 def plan(tmp_path):
-    """A function that runs bench.sh with a `python` that only notes what it is asked: (exit code, output, commands)."""
+    """A function that runs bench.sh with a `python` that only writes its arguments down: (code, output, arguments)."""
     if os.name == "nt":
         pytest.skip("a shell script")
 

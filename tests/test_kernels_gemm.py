@@ -111,7 +111,7 @@ def heads(B, T, d, n_head, n_kv_head, normed="", gammas="--", dtype=torch.float3
         randn(B, T, n, d, dtype=dtype) for n in sizes]
 
 
-# the norms of llama, gemma, DNP and its control, each with γ as models have them, and some that none has
+# the norms of llama, gemma, DNP and its control, with the γ of each, and combinations that no model has
 NORMS = [("", "--"), ("qk", "--"), ("qk", "11"), ("qk", "nn"), ("qkv", "--"), ("qkv", "nn"), ("qkv", "-n")]
 
 

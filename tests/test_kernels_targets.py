@@ -1,4 +1,4 @@
-"""What kernels.py does on the accelerator that a reader has, or has not."""
+"""kernels.py on GPUs that are not here, with a kernel that fails, and without Triton."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_ptx_has_no_fp64_and_its_accesses_are_16_bytes_wide(compiled):
 
 
 class Broken:
-    """A kernel that raises what Triton raised."""
+    """A kernel whose launch raises this error."""
 
     def __init__(self, error):
         self.error, self.__name__ = error, "_broken_kernel"
@@ -68,7 +68,7 @@ def compilation_error():
     (lambda: RuntimeError("PassManager::run failed\nand more"), "RuntimeError: PassManager::run failed"),
     (compilation_error, "CompilationError: Unsupported conversion"),
     (lambda: OSError(), "OSError: no message"), (lambda: ValueError("x" * 9999), "ValueError: " + "x" * 200)])
-def test_a_kernel_that_fails_is_one_line_with_the_way_out(error, why, monkeypatch):
+def test_a_failing_kernel_raises_one_line_that_says_how_to_run_without_it(error, why, monkeypatch):
     x = randn(3, 8).requires_grad_()
     line = f"_broken_kernel failed, {why}; --kernels=torch goes on without Triton's kernels"
     with monkeypatch.context() as m, backend("triton"):
@@ -85,8 +85,7 @@ def test_a_kernel_that_fails_is_one_line_with_the_way_out(error, why, monkeypatc
             rms_norm(x, EPS).sum().backward()
 
 
-def test_a_model_goes_its_own_way_and_its_backward_pass_as_its_forward_pass(launched):
-    """So that one that trains with --kernels=torch changes nothing for the next in its process."""
+def test_a_backward_pass_uses_the_backend_of_its_forward_pass(launched):
     x, y = randn(3, 8).requires_grad_(), randn(3, 16).requires_grad_()
     with backend("triton"):
         first = rms_norm(x, EPS)
@@ -100,8 +99,7 @@ def test_a_model_goes_its_own_way_and_its_backward_pass_as_its_forward_pass(laun
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_another_activation_is_computed_everywhere(normed, monkeypatch, launched):
-    """In place of SiLU, on a CPU and on a GPU: what is written out for SiLU is not used."""
+def test_another_activation_than_silu_is_used_by_every_backend(normed, monkeypatch, launched):
     y, gamma = randn(5, 16), randn(8)
     monkeypatch.setattr(kernels, "activation", torch.nn.functional.gelu)
     gate, up = y.chunk(2, dim=-1)

@@ -44,7 +44,7 @@ def naive(self, h, weights=None):
     hg = c.heterogeneous
     vector = lambda modules, key: modules[key]() if key in modules else torch.ones(())
     of = lambda gamma, e: gamma[e] if gamma.dim() == 2 else gamma
-    normed = c.ffn_placement in ("norm", "dual_norm")  # then the Pre-Norm is left to the one who needs it, the router
+    normed = c.ffn_placement in ("norm", "dual_norm")  # then only the router normalises its input
     n = x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() if normed else x
     logits = (n * vector(self.router.v, "router" if hg else "shared")) @ self.router.weight["router"].T
     scores = logits.sigmoid() if c.router == "sigmoid" else logits.exp() / logits.exp().sum(-1, keepdim=True)
@@ -335,7 +335,7 @@ def test_losses_and_loads_do_not_depend_on_micro_batches_and_processes(settings,
     assert all((biases[0][n] - biases[1][n]).abs().max() <= 0.021 for n in biases[0])
 
 
-def test_a_run_says_how_its_experts_fare(settings, capsys):
+def test_a_run_reports_the_load_of_its_experts(settings, capsys):
     s = settings(**MIXED)
     main(s)
     out = capsys.readouterr().out
