@@ -119,7 +119,7 @@ class NanoScaleRouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(config.initializer_range * torch.randn(config.n_experts, config.hidden_size))
-        # only for the choice; a buffer, since it has no gradient
+        # only for the choice; a buffer, since it has no gradient, which stays in fp32 when a model is loaded in bf16
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_experts, dtype=torch.float32))
         normed = config.ffn_placement == "input"  # then h is normed already
         self.norm = nn.Identity() if normed else NanoScaleRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -186,10 +186,6 @@ class NanoScalePreTrainedModel(llama.LlamaPreTrainedModel):
     config_class = NanoScaleConfig
     _no_split_modules = ["NanoScaleLayer"]
     _can_record_outputs = {"hidden_states": NanoScaleLayer, "attentions": NanoScaleAttention}
-
-    def post_init(self):
-        super().post_init()
-        self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # 4.57's post_init knows only parameters
 
 
 class NanoScaleModel(NanoScalePreTrainedModel, llama.LlamaModel):

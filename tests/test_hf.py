@@ -2,12 +2,14 @@
 
 import json
 import os
+from functools import partial
 from random import Random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_export import IDS, SHARED, export_to, logits, same, save_run
+from conftest import refused
+from test_export import SHARED, export_to, logits, same, save_run
 
 from configurator import ConfigError, configure
 from data.tokens import BinWriter, Tokens
@@ -45,6 +47,13 @@ def save_llama(transformers, folder, seed=0, **kw):
             p.mul_(5) if p.ndim == 2 else p.copy_((0.3 * torch.randn_like(p)).exp())
     llama.save_pretrained(folder)
     return llama
+
+
+def edit(folder, **change):
+    """Change what a folder's config.json says; ... takes a line out."""
+    path = folder / "config.json"
+    said = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in said.items() if value is not ...}))
 
 
 def from_folder(folder, *flags):
@@ -90,8 +99,6 @@ def test_loss_and_every_gradient_equal_llamas(shape, transformers, tmp_path):
     pairs = list(their_names(model))
     assert len(pairs) == len(list(model.parameters())) == len(theirs)
     difference = {name: (p.grad - theirs[name].grad).abs().max().item() for p, name in pairs}
-    print(f"{shape}: loss {abs(ours.item() - llama(x, labels=x).loss.item()):.1g}, gradients "
-          f"{max(difference.values()):.2g} of up to {max(p.grad.abs().max() for p, _ in pairs):.2g}")
     assert max(difference.values()) < 1e-5, max(difference, key=difference.get)
     assert min(p.grad.abs().max() for p, _ in pairs) > 1e-4  # no gradient so small that nothing was compared
 
@@ -102,8 +109,7 @@ def test_loss_and_every_gradient_equal_llamas(shape, transformers, tmp_path):
 def test_every_strategy_starts_from_llamas_function(flags, form, transformers, tmp_path):
     llama = save_llama(transformers, tmp_path, num_key_value_heads=2)
     model = from_folder(tmp_path, f"--reparam={form}", *flags)
-    with torch.no_grad():
-        same(logits(model), llama(IDS).logits)
+    same(logits(model), logits(llama))
     gammas = [module() for module in model.modules() if isinstance(module, ScaleVector) and module.role == "input"]
     assert all((gamma - 1).abs().max() > 0.05 for gamma in gammas)  # theirs, not folded away
     if form == "or":
@@ -118,20 +124,13 @@ def test_shards_and_half_precision_are_read(transformers, tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     model = from_folder(tmp_path / "shards")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    with torch.no_grad():
-        same(logits(model), llama(IDS).logits)
-
-
-def test_a_llama_is_not_exported_since_its_tokenizer_is_unknown(transformers, tmp_path):
-    save_llama(transformers, tmp_path / "llama")
-    with pytest.raises(ConfigError, match="its tokenizer is unknown"):
-        export_to(tmp_path / "llama", tmp_path / "out")
+    same(logits(model), logits(llama))
 
 
 HUGE = 10**400  # no float holds it
 REFUSED = [
     (dict(model_type="mistral"), "model_type is 'mistral'; nanoScale reads"),
-    (dict(model_type="mixtral"), "model_type is 'mixtral'"), (dict(model_type=["llama"]), r"model_type is \['llama'\]"),
+    (dict(model_type="mixtral"), "model_type is 'mixtral'"), (dict(model_type=["llama"]), "model_type is ['llama']"),
     (dict(auto_map={"AutoModelForCausalLM": "theirs.Other"}), "does not know auto_map"),
     (dict(new_kind_of_attention=True), "does not know new_kind_of_attention True"),
     (dict(rope_interleaved=True), "its rope_interleaved is True"), (dict(hidden_act="gelu"), "its hidden_act is"),
@@ -154,23 +153,11 @@ REFUSED = [
         "hidden_size", "vocab_size", "max_position_embeddings", "head_dim", "rms_norm_eps", "rope_theta"))]
 
 
-def test_what_cannot_be_represented_is_refused_in_one_line(transformers, tmp_path):
-    save_llama(transformers, tmp_path)
-    path = tmp_path / "config.json"
-    said = json.loads(path.read_text())
-    for change, message in REFUSED:
-        path.write_text(json.dumps({**said, **change}))
-        with pytest.raises(ConfigError, match=message) as e:
-            from_folder(tmp_path)
-        assert "\n" not in str(e.value)
-
-
 def test_a_config_that_is_none_is_one_line(tmp_path):
     for content in ("[" * 10**6, "[]", "5", "", "{", "{}", '{"model_type": "nanoscale"}'):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ConfigError) as e:
+        with refused(str(tmp_path), error=ConfigError):
             read_config(tmp_path)
-        assert "\n" not in str(e.value) and str(tmp_path) in str(e.value) and len(str(e.value)) < 400
 
 
 def retensor(change):
@@ -198,20 +185,22 @@ DAMAGES = [
     (retensor(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})), (),
      "have no model.layers.0.self_attn.q_proj.bias"),
     (retensor(lambda t: t.pop(EMBED)), (), "there is no tensor wte"),
-    (retensor(lambda t: t.update({EMBED: t[EMBED][:5].clone()})), (), r"wte has shape \[5, 32\]"),
-    (retensor(lambda t: t.update({NORM: torch.zeros(32)})), ("--reparam=or",), "blocks.0.attn_norm: .*a γ of zeros"),
-    (retensor(lambda t: t.update({NORM: -torch.ones(32)})), ("--reparam=er",), "blocks.0.attn_norm: .*not positive"),
+    (retensor(lambda t: t.update({EMBED: t[EMBED][:5].clone()})), (), "wte has shape [5, 32] and should have ["),
+    (retensor(lambda t: t.update({NORM: torch.zeros(32)})), ("--reparam=or",), "blocks.0.attn_norm: or cannot"),
+    (retensor(lambda t: t.update({NORM: -torch.ones(32)})), ("--reparam=er",), "blocks.0.attn_norm: er cannot"),
 ]
 
 
+DAMAGES += [(partial(edit, **change), (), message) for change, message in REFUSED]
+
+
 @pytest.mark.parametrize("damage,flags,message", DAMAGES, ids=[message for *_, message in DAMAGES])
-def test_what_is_damaged_is_refused_in_one_line(damage, flags, message, transformers, tmp_path):
+def test_what_no_gpt_can_represent_is_refused_in_one_line(damage, flags, message, transformers, tmp_path):
     save_llama(transformers, tmp_path)
     from_folder(tmp_path, *flags)
     damage(tmp_path)
-    with pytest.raises(ConfigError, match=message) as e:
+    with refused(message, error=ConfigError):
         from_folder(tmp_path, *flags)
-    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("change,message", [
@@ -227,29 +216,26 @@ def test_what_is_damaged_is_refused_in_one_line(damage, flags, message, transfor
 def test_an_export_whose_config_was_edited_is_refused(change, message, tmp_path):
     save_run(tmp_path / "run", ["--n_layer=1", "--n_embd=32", "--placement=dual_norm", *SHARED])
     export_to(tmp_path / "run", tmp_path / "out")
-    path = tmp_path / "out" / "config.json"
-    config = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
-    with pytest.raises(ConfigError, match=message) as e:
+    edit(tmp_path / "out", **change)
+    with refused(message, str(tmp_path), error=ConfigError):
         open_model(tmp_path / "out")
-    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
-# What a config.json may say beyond the shape, each in a random half of the folders below: None takes the line out.
+# What a config.json may say beyond the shape, each in a random half of the folders below: ... takes the line out.
 SAYINGS = [
-    ("rope_theta", [None, 10000.0, 30000.0]), ("rms_norm_eps", [None, 1e-2, 1e-5]), ("head_dim", [None, 8, 16]),
-    ("rope_parameters", [None, None, {"rope_type": "default", "rope_theta": 30000.0}, {"rope_theta": 10000.0},
+    ("rope_theta", [..., 10000.0, 30000.0]), ("rms_norm_eps", [..., 1e-2, 1e-5]), ("head_dim", [..., 8, 16]),
+    ("rope_parameters", [..., ..., {"rope_type": "default", "rope_theta": 30000.0}, {"rope_theta": 10000.0},
                          {"type": "linear", "factor": 2.0}, {"rope_type": "default", "type": "linear", "factor": 2.0},
                          {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
                          {"rope_type": "default", "partial_rotary_factor": 0.5}]),
-    ("rope_scaling", [None, None, {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 30000.0},
+    ("rope_scaling", [..., ..., {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 30000.0},
                       {"rope_type": "dynamic", "factor": 2.0}, {"type": "default"}]),
-    ("hidden_act", [None, "silu", "gelu", "swish"]), ("attention_bias", [None, False, True]),
-    ("mlp_bias", [None, False]), ("tie_word_embeddings", [None, None, True, False]), ("sliding_window", [None, 5]),
-    ("num_key_value_heads", [4, 4, None, 2]), ("partial_rotary_factor", [None, 0.5]), ("is_causal", [None, False]),
-    ("pretraining_tp", [None, 1, 2]), ("max_position_embeddings", [None, 128, 4096]), ("use_cache", [None, False]),
-    ("layer_types", [None, ["sliding_attention"] * 2]), ("rope_interleaved", [None, False]),
-    ("logits_scaling", [None, 3.0]), ("dtype", [None, "float32", "bfloat16"]), ("eos_token_id", [None, 3, [1, 2]]),
+    ("hidden_act", [..., "silu", "gelu", "swish"]), ("attention_bias", [..., False, True]),
+    ("mlp_bias", [..., False]), ("tie_word_embeddings", [..., ..., True, False]), ("sliding_window", [..., 5]),
+    ("num_key_value_heads", [4, 4, ..., 2]), ("partial_rotary_factor", [..., 0.5]), ("is_causal", [..., False]),
+    ("pretraining_tp", [..., 1, 2]), ("max_position_embeddings", [..., 128, 4096]), ("use_cache", [..., False]),
+    ("layer_types", [..., ["sliding_attention"] * 2]), ("rope_interleaved", [..., False]),
+    ("logits_scaling", [..., 3.0]), ("dtype", [..., "float32", "bfloat16"]), ("eos_token_id", [..., 3, [1, 2]]),
     ("model_type", ["llama"] * 9 + ["mistral", "gemma3_text"])]
 
 
@@ -259,12 +245,8 @@ def test_whatever_is_accepted_has_the_logits_of_transformers(transformers, tmp_p
         folder = tmp_path / str(i)
         save_llama(transformers, folder, seed=i, num_key_value_heads=random.choice([2, 4]),
                    tie_word_embeddings=random.random() < 0.3)
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        for name, values in random.sample(SAYINGS, random.randrange(5)):
-            value = random.choice(values)
-            config = {key: x for key, x in config.items() if key != name} | ({} if value is None else {name: value})
-        path.write_text(json.dumps(config))
+        change = {name: random.choice(values) for name, values in random.sample(SAYINGS, random.randrange(5))}
+        edit(folder, **change)
         try:
             model, _ = open_model(folder)
         except ConfigError as e:
@@ -272,47 +254,26 @@ def test_whatever_is_accepted_has_the_logits_of_transformers(transformers, tmp_p
             refused.append(str(e).split(": ", 1)[1])
             continue
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with torch.no_grad():
-            assert (logits(model) - theirs(IDS).logits).abs().max() < 1e-5, config
+        assert (logits(model) - logits(theirs)).abs().max() < 1e-5, change
         accepted += 1
     assert accepted > 20
     assert len({reason.split()[1] for reason in refused}) > 3  # reasons of several kinds
 
 
-@pytest.mark.parametrize("change", [
-    dict(), dict(rope_theta=30000, rope_parameters=None), dict(rope_parameters=None), dict(rms_norm_eps=None),
-    dict(rope_parameters=None, rope_scaling={"rope_type": "default", "rope_theta": 30000.0}), dict(hidden_act=None),
-    dict(rope_parameters={"rope_theta": 30000.0}), dict(max_position_embeddings=None), dict(tie_word_embeddings=None),
-    dict(head_dim=None, num_key_value_heads=None)], ids=str)
-def test_what_a_llama_leaves_unsaid_is_read_as_its_class_reads_it(change, transformers, tmp_path):
+@pytest.mark.parametrize("tied,head,message", [
+    (True, "none", None), (True, "the table", None), (False, "another", None), (False, "the table", None),
+    (True, "another", "tie_word_embeddings True, and there is another lm_head.weight"),
+    (False, "none", "tie_word_embeddings False, and there is no lm_head.weight")])
+def test_heads_are_tied_by_the_config_and_the_file_alike(tied, head, message, transformers, tmp_path):
     save_llama(transformers, tmp_path)
-    path = tmp_path / "config.json"
-    config = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert (logits(open_model(tmp_path)[0], IDS) - theirs(IDS).logits).abs().max() < 1e-5
-
-
-def test_heads_are_tied_by_the_config_and_the_file_alike(transformers, tmp_path):
-    from safetensors.torch import load_file, save_file
-    path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
-
-    def said(tied, head):
-        save_llama(transformers, tmp_path)
-        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))
-        tensors = load_file(weights)
-        tensors["lm_head.weight"] = {"another": tensors["lm_head.weight"],
-                                     "the table": tensors["model.embed_tokens.weight"].clone(), "none": None}[head]
-        save_file({name: x for name, x in tensors.items() if x is not None}, weights, metadata={"format": "pt"})
-        return open_model(tmp_path)[0].config.tie_embeddings
-
-    assert said(True, "none") and said(True, "the table")
-    assert not said(False, "another") and not said(False, "the table")
-    with pytest.raises(ConfigError, match="tie_word_embeddings True, and there is another lm_head.weight; correct tie"):
-        said(True, "another")  # transformers 4 takes the table, and 5 the head
-    with pytest.raises(ConfigError, match="tie_word_embeddings False, and there is no lm_head.weight; correct tie"):
-        said(False, "none")  # transformers makes one up at random
+    edit(tmp_path, tie_word_embeddings=tied)
+    if head != "another":
+        retensor(lambda t: t.pop(HEAD) if head == "none" else t.update({HEAD: t[EMBED].clone()}))(tmp_path)
+    if message is None:
+        assert open_model(tmp_path)[0].config.tie_embeddings == tied
+    else:
+        with refused(message, "correct tie_word_embeddings", error=ConfigError):
+            open_model(tmp_path)
 
 
 def test_random_models_leave_as_what_they_are(tmp_path):
@@ -429,9 +390,3 @@ def test_norms_that_are_added_are_said(transformers, tmp_path):
     assert "attn_placement=dual_norm and v_placement=dual_norm and ffn_placement=dual_norm: " in adopt(settings)[1]
     settings, _ = configure(Settings, [f"--init_from={tmp_path}", "--qk_norm=True", "--head_placement=dual_norm"])
     assert adopt(settings)[1].startswith("head_placement=dual_norm and qk_norm=True: ")
-
-
-def test_shape_in_a_dry_run(transformers, tmp_path, capsys):
-    llama = save_llama(transformers, tmp_path / "llama", num_key_value_heads=2)
-    main(configure(Settings, [f"--init_from={tmp_path / 'llama'}", "--dry_run=True"])[0])
-    assert f"params: {sum(p.numel() for p in llama.parameters())}" in capsys.readouterr().out
