@@ -16,7 +16,7 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import ConfigError, from_command_line, refuse, unheard
-from settings import FREE_ON_RESUME, Settings, batch_plan, gpt_config
+from settings import Settings, batch_plan, gpt_config
 
 if __name__ == "__main__":
     # before torch is loaded, so that --help and a typo are answered at once
@@ -116,7 +116,7 @@ def make_model(s, config, device, distributed):
 def own_checkpoint(s, path, fingerprint):
     """Load the checkpoint in `path`. Raises ConfigError if its settings or data are not the run's."""
     ckpt = load_checkpoint(path)
-    if changed := differing(ckpt["settings"], s, FREE_ON_RESUME):
+    if changed := differing(ckpt["settings"], s):
         raise ConfigError(f"{path} has other settings: {changed}. Resume with the same ones")
     if ckpt["data"] != fingerprint:
         raise ConfigError(f"{s.dataset} is not the data that {path} was trained on: its content differs")
@@ -295,7 +295,7 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
     if ckpt:
         step, skipped = restore(ckpt, out / "ckpt.pt", raw_model, optimizers, scaler)
         first_step, ckpt = step, None  # lets go of the file
-    # not dynamic: the last batch of an evaluation may be smaller, after which even training would get a graph for any size
+    # not dynamic, or the last batch of an evaluation, which may be smaller, would give training a graph for any size
     ddp_model = model = torch.compile(raw_model, dynamic=False) if machine.compile else raw_model
     if distributed:
         ddp_model = data_parallel(model, device)
