@@ -14,8 +14,9 @@ def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0, deca
     Groups for an optimizer, each with a 'name', 'params', 'weight_decay' and 'lr_mult'; there are no empty groups.
 
     named_roles: (name, parameter, role, decays) of every parameter, as GPT.named_roles yields them.
-    scale_decay: the role of the scale vectors that decay: 'input', 'output', 'all' or 'none'. Matrices and embeddings
-    always decay. decay_direction: if a vector decays, so does α of OR, although that leaves γ unchanged.
+    scale_decay: the role of the scale vectors that decay: 'input', 'output', 'all' or 'none'; 'all_but_head_u' shows
+    what the decay of the LM head's u does. Matrices and embeddings always decay. decay_direction: if a vector decays,
+    so does α of OR, although that leaves γ unchanged.
     Raises AssertionError unless every parameter is in exactly one group.
     """
     named_roles = list(named_roles)
@@ -23,7 +24,8 @@ def param_groups(named_roles, weight_decay, scale_decay, scale_lr_mult=1.0, deca
     for name, p, role, decays in named_roles:
         is_scale = role in ("input", "output")
         if is_scale:
-            decays = (decays or decay_direction) and scale_decay in (role, "all")
+            named = scale_decay in (role, "all") or scale_decay == "all_but_head_u" and "lm_head.u." not in name
+            decays = (decays or decay_direction) and named
         key = f"scale_{role}" if is_scale else role
         if not decays:
             key += "_no_decay"

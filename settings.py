@@ -103,7 +103,7 @@ class Settings(GPTConfig):
     decay_frac: Fraction = 0.2  # length of wsd's decay, as a fraction of max_steps
     shard_optimizer: bool = False  # ZeRO-1: each process keeps a part of the optimizer's state
     weight_decay: Amount = 0.1  # of matrices, embeddings, and the γ that scale_decay names
-    scale_decay: Literal["input", "all", "none", "output"] = "all"  # which γ decay, by role; input is IWD
+    scale_decay: Literal["input", "all", "none", "output", "all_but_head_u"] = "all"  # which γ decay; input is IWD
     decay_direction: bool = False  # apply scale_decay to or's α too: γ stays, α's effective rate rises [R]
     beta1: Beta = 0.9  # AdamW's
     beta2: Beta = 0.95  # AdamW's

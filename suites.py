@@ -46,6 +46,7 @@ SUITES = {  # figure1 to figure10 are the paper's; the others are ours
              Arm("head DP", "hg_dnp --head_placement=dual", "HG+DNP"),
              Arm("head without u and norm", "hg_dnp --head_placement=input", "HG+DNP"),
              Arm("no decay on u", "hg_dnp_iwd", "HG+DNP"),
+             Arm("no decay on the head's u", "hg_dnp --scale_decay=all_but_head_u", "HG+DNP"),
              Arm("head without u and norm, no decay on u", "hg_dnp_iwd --head_placement=input", "no decay on u")],
     "figure6": [BASELINE, UNIFIED],
     "figure7": [BASELINE, UNIFIED],  # mixtures of experts

@@ -54,10 +54,7 @@ def grown(change, a):
     for flags in CHANGES[change]:
         arms, work = {}, {}
         for name in STRATEGIES:
-            words = f"{name} --micro_batch=8 {flags}"
-            micro = bench.settings_of("quickstart", words).micro_batch
-            a.micro_batch = micro
-            arms[name] = bench.make_arm("quickstart", words, a, "eager", {})
+            arms[name] = bench.make_arm(f"{name} --micro_batch=8 {flags}", "eager", a)
             work[name] = arms[name].model.flops_per_token() * next(arms[name].batches)[0].numel()
         memory = {name: arm.memory_mb() for name, arm in arms.items()}
         times = bench.alternate({name: lambda arm=arm: arm.seconds(1) for name, arm in arms.items()}, a.rounds)
@@ -94,6 +91,7 @@ def processes(a):
 
 def main(a, command):
     bench.prepare(a, ["results/growth.py", *command])
+    a.size = "quickstart"
     what = a.what.split(",")
     rows = [row for change in what if change in CHANGES for row in grown(change, a)]
     if rows:

@@ -31,7 +31,7 @@ def noise(path=HERE / "paper.csv"):
 def ours(arm):
     """The table cell of an arm of summarise()."""
     if arm is None or "delta" not in arm:
-        return "not run yet"
+        return ""
     if arm["p"] is None:
         return f"{arm['delta']:+.4f}, {'same runs' if arm['same'] else 'one pair'}"
     low, high = arm["delta"] - arm["half"], arm["delta"] + arm["half"]

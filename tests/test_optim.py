@@ -30,7 +30,7 @@ def step_on_zero_gradients(model, scale_decay, optimizer="adamw"):
 MIXTURE = dict(n_experts=3, expert_dim=6, expert_scales="own")
 
 
-@pytest.mark.parametrize("scale_decay", ["input", "all", "none", "output"])
+@pytest.mark.parametrize("scale_decay", ["input", "all", "none", "output", "all_but_head_u"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("optimizer,kw", [("adamw", dict(arch="gemma")), ("muon", dict(arch="gemma")),
                                           ("adamw", MIXTURE), ("muon", MIXTURE)], ids=str)
@@ -44,7 +44,9 @@ def test_weight_decay_lands_where_the_name_says(scale_decay, form, optimizer, kw
         if role in ("input", "output"):
             assert (role == "input") == (".v." in name and ".u." not in name), name
             # written out once more, by name: decay on or's α would not move γ
-            decays = scale_decay in (role, "all") and not (form == "or" and name.endswith("alpha"))
+            decays = scale_decay in (role, "all")
+            decays |= scale_decay == "all_but_head_u" and not name.startswith("lm_head.u")
+            decays &= not (form == "or" and name.endswith("alpha"))
             seen.add((role, decays))
         else:
             assert (role == "router") == ("router" in name), name

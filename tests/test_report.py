@@ -33,7 +33,7 @@ def rows_of(text):
 
 def test_what_has_not_run_says_so(tmp_path):
     rows = rows_of(report.tables(tmp_path))[2:]
-    assert {row[3] for row in rows} == {"not run yet"} and not any(row[5] for row in rows)
+    assert {row[3] for row in rows} == {""} and not any(row[5] for row in rows)
     named = {row[0] for row in rows}
     assert named == set(SUITES), "each suite has a row"
     comparisons = [row[1] for row in rows if row[0] not in ("figure6", "figure7", "figure8", "figure9")]
@@ -53,7 +53,7 @@ def test_our_difference_next_to_the_papers_with_interval_verdict_and_direction(t
     assert rows["HG+DNP vs HG"][3].endswith("not significant") and rows["HG+DNP vs HG"][5] == "yes, not significant"
     # the paper's differences here are smaller than its noise: it says that there is none
     assert rows["HG+DNP+OR+IWD vs HG+DNP+OR"][5] == "no" and rows["HG+DNP+ER+IWD vs HG+DNP+OR"][5] == "yes"
-    assert rows["HG+DP+OR vs HG+DP"][3] == "not run yet"
+    assert rows["HG+DP+OR vs HG+DP"][3] == ""
     # 8 arms of 3 runs of 20 minutes
     assert ["figure5", "3", "4.0", "`python ablate.py figure5`"] in rows_of(text)
 
@@ -62,7 +62,7 @@ def test_the_larger_size_has_a_column(tmp_path):
     write_suite(tmp_path, "primary", {"unified": -0.02})
     (tmp_path / "primary").rename(tmp_path / "primary_0.86M")
     row = rows_of(report.tables(tmp_path))[2]
-    assert row[:4] == ["primary", "unified vs baseline", "-0.0331 (0.12B)", "not run yet"] and row[4].startswith("-0.0")
+    assert row[:4] == ["primary", "unified vs baseline", "-0.0331 (0.12B)", ""] and row[4].startswith("-0.0")
 
 
 def test_the_readme_is_what_the_script_makes(tmp_path):
