@@ -1,5 +1,6 @@
 """What only a GPU can show: bf16, torch.compile and NCCL in the real loop."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_resuming_in_bf16_with_compile_is_bit_for_bit(settings, tmp_path, monkey
     main(whole)
     parts = settings(out_dir=str(tmp_path / "parts"), **GPU, **UNIFIED)
     with monkeypatch.context() as m:
-        stop_at(m, 4)
+        stop_at(m, 4, signal.SIGTERM)
         with pytest.raises(SystemExit):
             main(parts)
     parts.resume = True

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import signal
 from pathlib import Path
 
 import pytest
@@ -304,7 +305,7 @@ def test_twice_and_resumed_are_bit_for_bit_the_same(settings, tmp_path, monkeypa
     resumed = settings(out_dir=str(tmp_path / "resumed"), **kw)
     for step in (0, 4):
         with monkeypatch.context() as m:
-            stop_at(m, step)
+            stop_at(m, step, signal.SIGTERM)
             with pytest.raises(SystemExit):
                 main(resumed)
         resumed.resume = True
