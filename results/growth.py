@@ -60,11 +60,13 @@ def grown(change, a):
         times = bench.alternate({name: lambda arm=arm: arm.seconds(1) for name, arm in arms.items()}, a.rounds)
         took, flops = statistics.median(times["baseline"]), work["baseline"]
         ratio, low, high = bench.paired_ratio(times["unified"], times["baseline"])
-        slope = lambda now, then: f"{math.log(now / then) / math.log(flops / before['flops']):.2f}"
+        before = before or {"took": took, "mb": memory["baseline"], "flops": flops}
+        grew = flops > 1.1 * before["flops"]  # with experts they hardly grow
+        slope = lambda now, then: f"{math.log(now / then) / math.log(flops / before['flops']):.2f}" if grew else ""
         rows.append({"what": change, "flags": flags.replace("--", ""), "gflops": f"{flops / 1e9:.1f}",
-                     "ms": f"{1e3 * took:.0f}", "exponent": slope(took, before["took"]) if before else "",
-                     "mb": f"{memory['baseline']:.0f}", "mb_exponent": slope(memory["baseline"], before["mb"]) if before
-                     else "", "unified_time": f"{ratio:.2f} ({low:.2f}–{high:.2f})",
+                     "ms": f"{1e3 * took:.0f}", "exponent": slope(took, before["took"]),
+                     "mb": f"{memory['baseline']:.0f}", "mb_exponent": slope(memory["baseline"], before["mb"]),
+                     "unified_time": f"{ratio:.2f} ({low:.2f}–{high:.2f})",
                      "unified_memory": f"{memory['unified'] / memory['baseline']:.2f}"})
         before = {"took": took, "mb": memory["baseline"], "flops": flops}
     return rows
