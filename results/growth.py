@@ -2,7 +2,7 @@
 How a training step's time and memory grow with the model, the batch and the processes: results/bench/growth.md.
 
     python results/growth.py --rounds=5            on a CPU core, some minutes
-    python results/growth.py --what=processes      1, 2 and 4 processes of train.py, a core each if there are as many
+    python results/growth.py --what processes      1, 2 and 4 processes of train.py, a core each if there are as many
 
 Each row changes one number of the quickstart and keeps the rest. exponent: the slope of log(time) over log(FLOPs) from
 the row before; 1 is proportional. Time below it (0.9, say) is overhead that large models do not notice; time above it
@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,9 +33,9 @@ CHANGES = {"width": [f"--n_embd={n} --n_head={n // 32}" for n in (64, 128, 256, 
 
 def arguments(args=None):
     parser = Parser(__doc__)
-    parser.add_argument("--what", default=",".join([*CHANGES, "processes"]), help="default: %(default)s")
+    parser.add_argument("--what", nargs="*", choices=[*CHANGES, "processes"], default=[*CHANGES, "processes"],
+                        help="default: all")
     parser.add_argument("--rounds", default=5, type=int, help="default: %(default)s")
-    parser.add_argument("--seconds", default=0.0, type=float, help="default: no limit")
     parser.add_argument("--steps", default=60, type=int, help="of a run with processes; default: %(default)s")
     parser.add_argument("--out", default=Path(__file__).resolve().parent / "bench", type=Path)
     return parser.parse_args(args)
@@ -74,32 +75,33 @@ def grown(change, a):
 
 def processes(a):
     """Rows of train.py's tokens per second on 1, 2 and 4 processes, each with a thread."""
-    rows, alone = [], None
+    rows, single = [], None
     flags = ["--device=cpu", f"--max_steps={a.steps}", "--batch_tokens=8192", "--micro_batch=8", "--eval_tokens=2048",
-             "--sample_tokens=0", f"--out_dir={a.out / 'growth_run'}", "--overwrite=True"]
+             "--sample_tokens=0"]
     for n in (1, 2, 4):
         rates, torchrun = {}, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
         for name in STRATEGIES:
-            command = [*torchrun, str(ROOT / "train.py"), str(ROOT / f"config/{name}.py"), *flags]
-            done = subprocess.run(command, text=True, capture_output=True, check=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+            with tempfile.TemporaryDirectory() as out:
+                command = [*torchrun, str(ROOT / "train.py"), str(ROOT / f"config/{name}.py"), *flags,
+                           f"--out_dir={out}/run"]
+                done = subprocess.run(command, text=True, capture_output=True, check=True,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"})
             rates[name] = float(re.search(r"^tokens_per_second: (\d+)", done.stdout, re.M)[1])
-        alone = alone or rates["baseline"]
+        single = single or rates["baseline"]
         rows.append({"processes": n, "tokens_per_second": f"{rates['baseline']:.0f}",
-                     "over one's": f"{rates['baseline'] / alone:.2f}",
+                     "over_1_process": f"{rates['baseline'] / single:.2f}",
                      "unified_time": f"{rates['baseline'] / rates['unified']:.2f}"})
     return rows
 
 
 def main(a, command):
+    a.size, a.seconds = "quickstart", math.inf
     bench.prepare(a, ["results/growth.py", *command])
-    a.size = "quickstart"
-    what = a.what.split(",")
-    rows = [row for change in what if change in CHANGES for row in grown(change, a)]
+    rows = [row for change in a.what if change in CHANGES for row in grown(change, a)]
     if rows:
         bench.report("growth", rows, a, [f"The quickstart with 8 sequences per step, eager, {a.dtype}; the median of "
                                          f"{a.rounds} steps. unified_time, unified_memory: over the baseline's."])
-    if "processes" in what:
+    if "processes" in a.what:
         bench.report("growth_processes", processes(a), a, [
             f"train.py, {a.steps} steps of 8,192 tokens, one thread per process, {os.cpu_count()} cores."])
 

@@ -7,7 +7,7 @@
 #
 # 16 cells run at a time and share the GPU by NVIDIA's MPS, each with CUDA graphs, in fp32 with TF32 products. On an H200
 # 12 cells of 0.86M parameters took 75 seconds, so the 95 cells of `small` take some 8 minutes. Run tests/test_gpu.py
-# first: it would have shown that torch 2.11 compiled a wrong gradient, to which 36 cells were lost. When the time is
+# first: it would have shown that torch 2.11 compiled a wrong gradient, to which 32 cells were lost. When the time is
 # over, finished cells are in results/SUITE_0.86M or results/large; commit them, and the same command continues from
 # there. --out=FOLDER puts those folders elsewhere (first copy there what results/ has of them). --tiny tries it all on a
 # CPU.

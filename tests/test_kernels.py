@@ -241,15 +241,19 @@ def test_without_eps_the_lanes_after_the_last_row_leave_dgamma_alone():
     assert dgamma.isfinite().all()
 
 
+def assert_repeats_and_writes_over_nothing(f, inputs, douts):
+    before = [t.clone() for t in (*inputs, *douts)]
+    first = outputs_and_grads(f, inputs, douts, "triton")
+    assert all(map(torch.equal, before, (*inputs, *douts)))
+    assert all(map(torch.equal, first, outputs_and_grads(f, inputs, douts, "triton")))
+    addresses = {t.data_ptr() for t in (*inputs, *douts)}
+    assert not any(t.data_ptr() in addresses for t in first)
+
+
 def test_inputs_and_arriving_gradients_are_left_as_they_were_and_runs_repeat_bit_for_bit():
-    for f, inputs, douts in [(norm, [randn(200, 40), randn(200, 40), gamma(40)], [randn(200, 40), randn(200, 40)]),
-                             (our_swiglu(30, True), [randn(200, 64), gamma(30)], [randn(200, 32)])]:
-        before = [t.clone() for t in (*inputs, *douts)]
-        first = outputs_and_grads(f, inputs, douts, "triton")
-        assert all(map(torch.equal, before, (*inputs, *douts)))
-        assert all(map(torch.equal, first, outputs_and_grads(f, inputs, douts, "triton")))
-        addresses = {t.data_ptr() for t in (*inputs, *douts)}
-        assert not any(t.data_ptr() in addresses for t in first)
+    assert_repeats_and_writes_over_nothing(norm, [randn(200, 40), randn(200, 40), gamma(40)],
+                                           [randn(200, 40), randn(200, 40)])
+    assert_repeats_and_writes_over_nothing(our_swiglu(30, True), [randn(200, 64), gamma(30)], [randn(200, 32)])
 
 
 def test_what_goes_to_the_twin(launched):

@@ -13,6 +13,7 @@ from test_kernels import (
     EPS,
     GPU,
     against_float64,
+    assert_repeats_and_writes_over_nothing,
     gamma,
     launched,
     outputs_and_grads,
@@ -203,12 +204,7 @@ def test_what_qk_norm_rope_leaves_to_the_twin(launched):
 
 def test_inputs_and_arriving_gradients_are_left_as_they_were_and_runs_repeat_bit_for_bit():
     (f, _), inputs, douts = heads(2, 9, 6, 4, 2, "qkv", "n1", torch.float16)
-    before = [t.clone() for t in (*inputs, *douts)]
-    first = outputs_and_grads(f, inputs, douts, "triton")
-    assert all(map(torch.equal, before, (*inputs, *douts)))
-    assert all(map(torch.equal, first, outputs_and_grads(f, inputs, douts, "triton")))
-    addresses = {t.data_ptr() for t in (*inputs, *douts)}
-    assert not any(t.data_ptr() in addresses for t in first)
+    assert_repeats_and_writes_over_nothing(f, inputs, douts)
 
 
 def test_opcheck():
