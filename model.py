@@ -281,21 +281,21 @@ class GPT(nn.Module):
         return logits.detach(), loss
 
     def head_weights(self, dtype):
-        """(W, G) of the LM head: see Branches.gram_fold; G is None where the head has no norm, or where it is so
-        narrow that a norm of the logits themselves is cheaper."""
+        """(W, V, G) of the LM head: see Branches.gram_fold; V and G are None where the head has no norm, or where it is
+        so narrow that a norm of the logits themselves is cheaper."""
         head = self.lm_head
-        return head.gram_fold(dtype) if head.gram_pays else (head.folded_weight(dtype), None)
+        return head.gram_fold(dtype) if head.gram_pays else (head.folded_weight(dtype), None, None)
 
-    def logits(self, h, W, G):
+    def logits(self, h, W, V, G):
         """The LM head: h, (B, T, n_embd), which is N(x), to (B, T, vocab_size)."""
         head = self.lm_head
         if G is not None:
-            return F.linear(unit(h, G, head.eps), W)
+            return F.linear(unit(h, V, G, head.eps), W)
         logits = F.linear(h, W)
         return rms_norm(logits, head.eps, head.after_norm("lm_head")) if head.normed else logits
 
     def weights(self, dtype):
-        """All folded weights: one entry per block, and the LM head's (W, G)."""
+        """All folded weights: one entry per block, and the LM head's (W, V, G)."""
         return [*(block.weights(dtype) for block in self.blocks), self.head_weights(dtype)]
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from kernels import rms_norm, scaled_cast
 
@@ -189,21 +190,23 @@ class Branches(nn.Module):
 
     def gram_fold(self, dtype):
         """
-        (W', G) of a single branch under DNP, for which u ⊙ N(W (v ⊙ h)) = W' unit(h, G, ε).
+        (W', V, G) of a single branch under DNP, for which u ⊙ N(W (v ⊙ h)) = W' unit(h, V, G, ε).
 
-        ‖W (v ⊙ h)‖² is hᵀ (diag(v) WᵀW diag(v)) h. So the norm is one number per token, known before the GEMM, and u
-        folds into W' = diag(u) W diag(v), (n_out, n_in), too: no pass over the branch's outputs. G = (n_in / n_out)
-        diag(v) WᵀW diag(v), (n_in, n_in) in fp32 at least, has entries of the order of 1, which fp16 can hold. It costs
-        n_in/n_out of the branch's FLOPs, so it pays where a branch is much wider than its input, as an LM head is
-        (`gram_pays`). Our derivation.
+        With V = W diag(v), ‖V h‖² is hᵀ (VᵀV) h. So the norm is one number per token, known before the GEMM, and u
+        folds into W' = diag(u) V, (n_out, n_in), too: no pass over the branch's outputs. G = (n_in / n_out) VᵀV,
+        (n_in, n_in) in fp32 at least, has entries of the order of 1, which fp16 can hold. It costs n_in/n_out of the
+        branch's FLOPs, so it pays where a branch is much wider than its input, as an LM head is (`gram_pays`). Our
+        derivation.
         """
         ((c, u, v),) = self.vectors()
         V = scaled_cast([self.weight[c]], [None], [v], dtype)
-        # In pieces, each rounded once: a bf16 product over 50,304 rows may round its partial sums to bf16 (split-K).
-        pieces = math.gcd(len(V), 32) if dtype.itemsize < 4 else 1
-        G = V.view(pieces, -1, V.size(1))
-        G = (G.mT @ G).to(torch.promote_types(dtype, torch.float32)).sum(0) * (V.size(1) / len(V))
-        return scaled_cast([self.weight[c]], [u], [v], dtype), G
+        with torch.no_grad():  # the gradient goes through V: see _Unit
+            # In pieces, each rounded once: a bf16 product over 50,304 rows may round its partial sums to bf16
+            # (split-K). Of multiples of 8 rows, or a GPU takes a slow GEMM.
+            pieces = max(1, math.gcd(len(V), 256) // 8) if dtype.itemsize < 4 else 1
+            G = V.view(pieces, -1, V.size(1))
+            G = (G.mT @ G).to(torch.promote_types(dtype, torch.float32)).sum(0) * (V.size(1) / len(V))
+        return scaled_cast([self.weight[c]], [u], [v], dtype), V, G
 
     @property
     def gram_pays(self):
@@ -219,8 +222,29 @@ class Branches(nn.Module):
         return len(self.normed) == len(self.n_out)
 
 
-def unit(h, G, eps):
+class _Unit(torch.autograd.Function):
+    # Written out, since autograd would not know that G is symmetric and made of V twice: three matrix products more.
+
+    @staticmethod
+    def forward(ctx, h, V, G, eps):
+        wide = torch.promote_types(h.dtype, torch.float32)
+        Gh, h_ = F.linear(h, G.to(h.dtype)), h.to(wide)
+        r = ((Gh * h_).mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(h, V, Gh, r)
+        return (h_ * r).to(h.dtype).view(h.shape)  # a view, as in kernels.py's _RMSNorm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        # y = r h with r = (‖V h‖² / N + ε)^(-1/2). With c = r³ (dy · h) / n and Vᵀ V h / N = G h / n, dh = r dy − c G h
+        # and dV = −(n/N) V Σ c h hᵀ, summed over tokens.
+        h, V, Gh, r = ctx.saved_tensors
+        n, dy, h_ = h.size(-1), dy.to(r.dtype), h.to(r.dtype)
+        c = (dy * h_).mean(-1, keepdim=True) * r**3
+        S = (c * h_).to(h.dtype).flatten(0, -2).mT @ h.flatten(0, -2)
+        return (r * dy - c * Gh).to(h.dtype), V @ (S.to(r.dtype) * (-n / len(V))).to(V.dtype), None, None
+
+
+def unit(h, V, G, eps):
     """h / sqrt(hᵀGh / n + ε) in h's dtype, (..., n): what W' of `Branches.gram_fold` maps to u ⊙ N(W (v ⊙ h))."""
-    wide = torch.promote_types(h.dtype, torch.float32)
-    mean_square = (F.linear(h, G.to(h.dtype)).to(wide) * h.to(wide)).mean(-1, keepdim=True)
-    return (h.to(wide) * (mean_square + eps).rsqrt()).to(h.dtype)
+    return _Unit.apply(h, V, G, eps)

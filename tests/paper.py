@@ -31,7 +31,7 @@ def pre_norm(self, x, y, branches):
     return rms_norm(x, self.config.norm_eps), x
 
 
-def logits(self, h, W, G):
+def logits(self, h, W, V, G):
     return self.lm_head(h)[0]
 
 
