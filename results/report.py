@@ -28,19 +28,25 @@ def noise(path=HERE / "paper.csv"):
     return max(float(row["number"]) for row in read_csv(path) if row["unit"].startswith("loss difference, "))
 
 
+def compared(arms, name):
+    """
+    The arm of summarise(), or None with fewer than three pairs of seeds: a suite runs seed by seed, and its results are
+    committed while it is unfinished.
+    """
+    return arms[name] if arms.get(name, {}).get("pairs", 0) >= 3 else None
+
+
 def ours(arm):
-    """The table cell of an arm of summarise()."""
-    if arm is None or "delta" not in arm:
+    """The table cell of an arm of compared()."""
+    if arm is None:
         return ""
-    if arm["p"] is None:
-        return f"{arm['delta']:+.4f}, {'same runs' if arm['same'] else 'one pair'}"
     low, high = arm["delta"] - arm["half"], arm["delta"] + arm["half"]
     return f"{arm['delta']:+.4f} ({low:+.4f} … {high:+.4f}), {arm['verdict']}"
 
 
 def agrees(number, arm):
     """Whether our difference has the direction of the paper's number, None or nats."""
-    if number is None or arm is None or arm.get("p") is None:
+    if number is None or arm is None:
         return ""
     significant = arm["verdict"] != "not significant"
     if abs(number) <= noise():  # the paper says that there is no difference
@@ -72,8 +78,9 @@ def statements(folder, paper):
             panel, number = paper.get((figure, name, reference), ("", None))
             theirs = "" if number is None else "no difference" if number == 0 else f"{number:+.4f} ({panel})"
             what = name if " vs " in name else f"{name} vs {reference}"
+            arm = compared(lab, name)
             rows.append([f"[{suite}]({suite}/results.md)" if lab else suite, escaped(what), theirs,
-                         ours(lab.get(name)), ours(larger.get(name)) if larger else "", agrees(number, lab.get(name))])
+                         ours(arm), ours(compared(larger, name)), agrees(number, arm)])
     return rows
 
 

@@ -11,8 +11,8 @@ sys.path.insert(0, str(ROOT / "results"))
 import report
 
 
-def write_suite(folder, suite, deltas):
-    """results/SUITE with three pairs of each of these arms: {arm: its difference to its reference}."""
+def write_suite(folder, suite, deltas, seeds=3):
+    """results/SUITE with pairs of each of these arms: {arm: its difference to its reference}."""
     losses, rows = {}, []
     for arm in SUITES[suite]:
         if arm.name in deltas or arm.reference is None:
@@ -21,7 +21,7 @@ def write_suite(folder, suite, deltas):
             rows += [dict.fromkeys(COLUMNS, "") | {
                 "suite": suite, "arm": arm.name, "reference": arm.reference or "", "use": "report", "lr": 1e-3,
                 "seed": seed, "val_loss": losses[arm.name] + 0.0001 * (seed * len(arm.name) % 7), "params": 1,
-                "tokens": 1, "flops": 1, "seconds": 1200, "cell": f"{arm.name}{seed}"} for seed in range(3)]
+                "tokens": 1, "flops": 1, "seconds": 1200, "cell": f"{arm.name}{seed}"} for seed in range(seeds)]
     (folder / suite).mkdir()
     write_csv(folder / suite / "results.csv", rows)
     (folder / suite / "results.md").write_text(f"- Command: `python ablate.py {suite}`\n")
@@ -56,6 +56,12 @@ def test_our_difference_next_to_the_papers_with_interval_verdict_and_direction(t
     assert rows["HG+DP+OR vs HG+DP"][3] == ""
     # 8 arms of 3 runs of 20 minutes
     assert ["figure5", "3", "4.0", "`python ablate.py figure5`"] in rows_of(text)
+
+
+def test_two_pairs_of_seeds_are_no_result_yet(tmp_path):
+    write_suite(tmp_path, "figure5", {"HG": -0.02, "HG+AP": 0.02}, seeds=2)
+    row, = (row for row in rows_of(report.tables(tmp_path)) if row[1] == "HG+AP vs HG")
+    assert row[0] == "[figure5](figure5/results.md)" and row[3:] == ["", "", ""]
 
 
 def test_the_larger_size_has_a_column(tmp_path):
