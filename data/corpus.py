@@ -9,15 +9,13 @@ import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import ConfigError, open_file, streams
-from data.tokens import UNFINISHED, BinWriter, DataError, load_tokenizer, write_meta
+from data.tokens import UNFINISHED, DataError, load_tokenizer, write_bin, write_meta
 
 
 def find_files(root, ignored):
@@ -69,21 +67,25 @@ def encode_file(path, tokenizer):
     return np.insert(tokenizer.encode(text), 0, tokenizer.separator) if text and "\0" not in text else None
 
 
-@contextmanager
-def splits(out, tokenizer):
+def save(out, tokenizer, train, val):
     """
-    Yields the writers of out/train.bin and out/val.bin, then writes meta.json and prints what the folder holds. An
-    older corpus in the folder stays as it was until both are complete.
+    Writes a corpus to a folder: train.bin and val.bin from two lists of documents, arrays of uint16 or uint8, and
+    meta.json. An older corpus in the folder stays as it was until both files are complete on the disk.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with BinWriter(out / "train.bin") as train, BinWriter(out / "val.bin") as val:
-        yield train, val
-        train.flush()
-        val.flush()
+    # The process id lets two processes prepare the same corpus at once; the suffix keeps a leftover from being data.
+    parts = {split: out / f"{split}.bin.{os.getpid()}.part" for split in ("train", "val")}
+    try:
+        write_bin(parts["train"], train)
+        write_bin(parts["val"], val)
         # A kill between the renames of train.bin and val.bin leaves files of two corpora, and the old meta.json would
         # describe both wrongly. So the folder counts as unfinished until write_meta.
         (out / UNFINISHED).touch()
         (out / "meta.json").unlink(missing_ok=True)
+        for split, part in parts.items():
+            os.replace(part, out / f"{split}.bin")
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
     finish(out, tokenizer)
 
 
@@ -95,33 +97,30 @@ def finish(out, tokenizer):
 
 def write_corpus(files, out, tokenizer, unit=str):
     """
-    Tokenises files into a corpus in the folder out.
+    Tokenises files into a corpus in the folder out. All of its tokens are in memory at once, 2 bytes each.
 
     files: [(key, path)], written in the order of their keys · tokenizer: 'bytes' or 'gpt2'
     unit: maps a key to the name whose hash decides the split; files with the same name stay on one side
     Raises DataError if no file holds text, or if one cannot be read.
     """
     # By bytes, because the characters that Python decodes a file name to depend on the locale.
-    files, tok, skipped = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer), 0
-    some = 4 * os.cpu_count()  # files at a time, since their tokens wait in memory
-    # Threads, because tiktoken releases the interpreter's lock, and the system cannot kill one as it can a process.
-    with splits(out, tok) as (train, val), ThreadPoolExecutor() as pool:
-        encoded = chain.from_iterable(pool.map(lambda file: encode_file(file[1], tok), files[first:first + some])
-                                      for first in range(0, len(files), some))
+    files, tok = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    train, val = [], []
+    with ThreadPoolExecutor() as pool:  # threads, because tiktoken releases the interpreter's lock
+        encoded = pool.map(lambda file: encode_file(file[1], tok), files)
         for (key, _), tokens in tqdm(zip(files, encoded), out.name, len(files), unit="file", disable=None):
-            if tokens is None:
-                skipped += 1
-            else:
-                (val if goes_to_val(unit(key)) else train).write(tokens)
-        if train.count + val.count == 0:
-            raise DataError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; choose other files")
-        # A few files may all fall on one side.
-        if not train.count:
-            train.write(val.cut(val.count))
-        if not val.count:
-            val.write(train.cut(max(1, train.count // 20)))
-            print("split: too few files to split by file, so val is the last 5% of the tokens")
-        print(f"files: {len(files) - skipped} ({skipped} skipped: not UTF-8, empty or with NULs)")
+            if tokens is not None:
+                (val if goes_to_val(unit(key)) else train).append(tokens)
+    documents = len(train) + len(val)
+    if not documents:
+        raise DataError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; choose other files")
+    if not (train and val):
+        tokens = np.concatenate(train + val)
+        train, val = ([half] for half in np.split(tokens, [-max(1, len(tokens) // 20)]))
+        print("split: too few files to split by file, so val is the last 5% of the tokens")
+    print(f"files: {documents} ({len(files) - documents} skipped: not UTF-8, empty or with NULs)")
+    save(out, tok, train, val)
 
 
 def home(path):

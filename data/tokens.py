@@ -94,64 +94,22 @@ def open_tokens(path):
     return np.frombuffer(content, "<u2", offset=HEADER_BYTES), content
 
 
-class BinWriter:
+def write_bin(path, documents):
     """
-    Writes a .bin file: `with BinWriter(path) as out: out.write(tokens)`.
-
-    Writes to a temporary file in the same folder and renames it at the end, so that the path never holds a part of a
-    file. The process id in the temporary name lets two processes prepare the same corpus at once; its suffix .part
-    keeps a leftover from being read as data.
+    Writes a .bin file, and waits until it is on the disk. documents: arrays of uint16 or uint8, one after the other
+    Raises DataError for more tokens than the header can count.
     """
-
-    def __init__(self, path):
-        self.path, self.count = Path(path), 0
-        self.temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-
-    def __enter__(self):
-        if self.path.exists() and not self.path.is_file():
-            raise DataError(f"{self.path}: exists and is not a file; remove it or choose another --out")
-        self.file = open(self.temporary, "wb+")
-        self.file.write(bytes(HEADER_BYTES))
-        return self
-
-    def write(self, tokens):
-        """Appends integers. Raises DataError for one outside uint16, or for more than the header can count."""
-        tokens = np.asarray(tokens)
-        if tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() > 65535):
-            raise DataError(f"{self.path}: tokens must be integers from 0 to 65535 to fit in uint16; "
-                            "use a tokenizer with a smaller vocabulary")
-        if self.count + tokens.size >= 2 ** 31:
-            raise DataError(f"{self.path}: a file cannot hold 2**31 tokens or more; prepare a part of the corpus, or "
-                            "use --tokenizer gpt2 in place of bytes (about a quarter of the tokens)")
-        self.file.write(tokens.astype("<u2").tobytes())
-        self.count += tokens.size
-
-    def cut(self, n):
-        """Removes the last n tokens from the file and returns them, (n,) uint16."""
-        self.count -= n
-        self.file.seek(HEADER_BYTES + 2 * self.count)
-        tokens = np.frombuffer(self.file.read(), "<u2")
-        self.file.seek(HEADER_BYTES + 2 * self.count)
-        self.file.truncate()
-        return tokens
-
-    def flush(self):
-        """Completes the temporary file and forces it to disk, so that a full disk is noticed before any rename."""
-        self.file.seek(0)
-        self.file.write(np.array([MAGIC, VERSION, self.count], "<i4").tobytes())
-        self.file.seek(0, os.SEEK_END)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                self.flush()
-            self.file.close()
-            if kind is None:
-                os.replace(self.temporary, self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)
+    count = sum(map(len, documents))
+    if count >= 2 ** 31:
+        raise DataError(f"{path}: a file cannot hold 2**31 tokens or more; prepare a part of the corpus, or use "
+                        "--tokenizer gpt2 in place of bytes (about a quarter of the tokens)")
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, count
+    with open(path, "wb") as file:
+        file.write(header)
+        file.writelines(tokens.astype("<u2", casting="safe") for tokens in documents)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_meta(folder, tokenizer):

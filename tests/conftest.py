@@ -25,10 +25,10 @@ if not torch.cuda.is_available():
 
 
 def write_bin(path, tokens):
-    """Write a .bin file and return its path."""
-    from data.tokens import BinWriter
-    with BinWriter(path) as out:
-        out.write(tokens)
+    """Write a .bin file, a new one where there is one, and return its path."""
+    import data.tokens
+    path.unlink(missing_ok=True)
+    data.tokens.write_bin(path, [np.asarray(tokens, np.uint16)])
     return path
 
 

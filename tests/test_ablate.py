@@ -20,7 +20,7 @@ from conftest import ROOT
 import ablate
 import runs
 from configurator import ConfigError
-from data.tokens import BinWriter, load_tokenizer, write_meta
+from data.tokens import load_tokenizer, write_bin, write_meta
 from suites import SUITES
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_tokens=64", "--eval_tokens=256",
@@ -36,8 +36,7 @@ def tiny(tmp_path, monkeypatch):
     folder.mkdir()
     rng = np.random.default_rng(0)
     for split, n in (("train", 4000), ("val", 600)):
-        with BinWriter(folder / f"{split}.bin") as f:
-            f.write(rng.integers(1, 60, n).astype(np.uint16))
+        write_bin(folder / f"{split}.bin", [rng.integers(1, 60, n).astype(np.uint16)])
     write_meta(folder, load_tokenizer("bytes"))
     return [*TINY, f"--dataset={folder}"]
 
@@ -70,8 +69,7 @@ def test_other_data_or_settings_are_other_cells(tiny, tmp_path):
     assert here == folders("primary", *tiny, "--sample_tokens=9") and not here & folders("primary", *tiny, "--beta2=.9")
     shutil.copytree("corpus", "moved")
     assert here == folders("primary", *tiny[:-1], f"--dataset={tmp_path}/moved")
-    with BinWriter(Path("corpus/val.bin")) as f:
-        f.write(np.ones(600, np.uint16))
+    write_bin("corpus/val.bin", [np.ones(600, np.uint16)])
     assert not here & folders("primary", *tiny)
 
 

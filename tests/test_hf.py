@@ -12,7 +12,7 @@ from conftest import refused
 from test_export import SHARED, export_to, logits, same, save_run
 
 from configurator import ConfigError, configure
-from data.tokens import BinWriter, Tokens
+from data.tokens import Tokens, write_bin
 from hf import adopt, load, open_model, read_config, read_tensors
 from model import GPT
 from norms import ScaleVector
@@ -312,8 +312,7 @@ def dataset(tmp_path):
     folder.mkdir()
     tokens = (torch.arange(6000) * 7 % 97 + 1).to(torch.uint16).numpy()
     for split in ("train", "val"):
-        with BinWriter(folder / f"{split}.bin") as out:
-            out.write(tokens)
+        write_bin(folder / f"{split}.bin", [tokens])
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 256}))
     return folder
 

@@ -7,13 +7,12 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import refused, snapshot
+from conftest import refused, snapshot, write_bin
 
 import data.corpus as corpus
 import data.fineweb.prepare as fineweb
@@ -21,7 +20,7 @@ import data.pysrc.prepare as pysrc
 import data.shakespeare.prepare as shakespeare
 import data.text.prepare as text
 from configurator import ConfigError
-from data.tokens import HERE, UNFINISHED, BinWriter, Tokens, load_tokenizer, open_tokens, vocabulary
+from data.tokens import HERE, UNFINISHED, Tokens, load_tokenizer, open_tokens, vocabulary
 
 WHOLE = {"train.bin", "val.bin", "meta.json"}
 
@@ -224,20 +223,6 @@ def test_pysrc_has_a_folder_per_variant_and_refuses_a_python_without_source(tmp_
         pysrc.prepare(tmp_path / "none")
 
 
-def test_only_a_few_files_are_encoded_ahead(tmp_path, monkeypatch):
-    tree(tmp_path / "in", TEXTS)
-    encode, encoded, ahead = corpus.encode_file, [], []
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(corpus, "encode_file", lambda *args: encoded.append(args) or encode(*args))
-
-    def unit(key):
-        time.sleep(0.001)
-        ahead.append(len(encoded) - len(ahead))
-        return key
-    corpus.write_corpus([(name, tmp_path / "in" / name) for name in TEXTS], tmp_path / "out", "bytes", unit)
-    assert len(ahead) == len(TEXTS) and max(ahead) <= 4
-
-
 @pytest.mark.parametrize("happens", [os.remove, lambda path: (os.remove(path), os.mkfifo(path))])
 def test_a_file_that_vanishes_ends_the_corpus_and_the_old_one_stays(tmp_path, monkeypatch, happens):
     out = text.prepare(tree(tmp_path / "in", TEXTS), out=tmp_path / "out")
@@ -261,6 +246,7 @@ def test_a_corpus_stopped_between_the_renames_is_refused_until_it_is_complete(tm
     tree(source, {"more.txt": "more " * 5000})
 
     def replace(old, new):
+        assert Path(old).suffix == ".part"  # which is not data, should a kill leave it behind
         if Path(new).name == stopped_at:
             raise KeyboardInterrupt
         real(old, new)
@@ -284,9 +270,8 @@ def hub(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     hub = SimpleNamespace(asked=[], files={})
     for i, name in enumerate(["val_000000", "train_000001", "train_000002"]):
-        with BinWriter(tmp_path / "shard.bin") as out:
-            out.write([50256] + [1000 + i] * (50 + i))
-        hub.files[f"fineweb_{name}.bin"] = (tmp_path / "shard.bin").read_bytes()
+        shard = write_bin(tmp_path / "shard.bin", [50256] + [1000 + i] * (50 + i))
+        hub.files[f"fineweb_{name}.bin"] = shard.read_bytes()
     real = inspect.signature(huggingface_hub.hf_hub_download)
 
     def hf_hub_download(*args, **kw):

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
 import numpy as np
 
 from configurator import Parser, open_file
-from data.corpus import command_line, home, splits
+from data.corpus import command_line, home, save
 from data.tokens import HERE, DataError, load_tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -32,9 +32,8 @@ def prepare(source=None, out=HERE / "shakespeare"):
     if hashlib.sha256(text).hexdigest() != SHA256:
         raise DataError(f"{source or URL}: not tiny Shakespeare, its sha256 differs; give a copy with --from FILE")
     tokens, cut = np.frombuffer(text, np.uint8), len(text) * 9 // 10
-    with splits(out, load_tokenizer("bytes")) as (train, val):
-        train.write(tokens[:cut])
-        val.write(tokens[cut:])
+    out.mkdir(parents=True, exist_ok=True)
+    save(out, load_tokenizer("bytes"), [tokens[:cut]], [tokens[cut:]])
 
 
 if __name__ == "__main__":
