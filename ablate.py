@@ -58,7 +58,7 @@ if __name__ == "__main__":  # before torch is loaded
 
 import torch
 
-from data.tokens import DataError, Tokens, data_folder, vocabulary
+from data.tokens import Tokens, data_folder, vocabulary
 from devices import pick_device
 from hf import adopt
 from model import GPT
@@ -152,7 +152,7 @@ def folder_digest(folder):
 
 
 def make_arms(named, opt, code):
-    """{name: its Cell at train.py's rate and seed} from a list of Arms. Raises ConfigError, DataError."""
+    """{name: its Cell at train.py's rate and seed} from a list of Arms. Raises ConfigError."""
     by_name, arms, seen = {arm.name: arm for arm in named}, {}, {}
 
     def tuned_as(arm):
@@ -447,5 +447,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError, OSError) as e:
+    except (ConfigError, OSError) as e:
         refuse(e, 1 if isinstance(e, OSError) else 2)

@@ -126,8 +126,7 @@ def main(args):
 if __name__ == "__main__":
     streams()
     parsed = arguments()
-    from data.tokens import DataError
     try:
         main(parsed)
-    except (ConfigError, DataError) as e:
+    except ConfigError as e:
         refuse(e)

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import ConfigError, open_file, streams
-from data.tokens import UNFINISHED, DataError, load_tokenizer, write_bin, write_meta
+from data.tokens import UNFINISHED, load_tokenizer, write_bin, write_meta
 
 
 def find_files(root, ignored):
@@ -23,7 +23,7 @@ def find_files(root, ignored):
     The files under root and its sub-folders, [(path inside root, with slashes, path)].
 
     ignored(name) is True for the names of files and folders to leave out. Links to folders, dangling links and special
-    files are left out too, and counted on stderr. Raises DataError for a folder that cannot be listed, since a corpus
+    files are left out too, and counted on stderr. Raises ConfigError for a folder that cannot be listed, since a corpus
     without it would be a different one.
     """
     def stop(error):
@@ -37,7 +37,7 @@ def find_files(root, ignored):
             for path in (Path(folder, name) for name in names + links if not ignored(name)):
                 (found if path.is_file() else left_out).append(path)
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; fix that and run the same command again") from None
+        raise ConfigError(f"{error.filename}: {error.strerror}; fix that and run the same command again") from None
     if left_out:
         print(f"{root}: left out {len(left_out)} links to folders, dangling links and special files; the first is "
               f"{left_out[0]}", file=sys.stderr)
@@ -55,7 +55,7 @@ def goes_to_val(key):
 def encode_file(path, tokenizer):
     """
     One file as one document, (n,) uint16, or None if it is not text: not UTF-8, empty, or with NULs.
-    Raises DataError if it cannot be read: without it the corpus would be a different one.
+    Raises ConfigError if it cannot be read: without it the corpus would be a different one.
     """
     try:
         with open_file(path) as file:
@@ -63,7 +63,7 @@ def encode_file(path, tokenizer):
     except UnicodeDecodeError:
         return None
     except (ConfigError, OSError) as error:
-        raise DataError(f"{error}; nothing was written. Fix or move it and run the same command again") from None
+        raise ConfigError(f"{error}; nothing was written. Fix or move it and run the same command again") from None
     return np.insert(tokenizer.encode(text), 0, tokenizer.separator) if text and "\0" not in text else None
 
 
@@ -101,7 +101,7 @@ def write_corpus(files, out, tokenizer, unit=str):
 
     files: [(key, path)], written in the order of their keys · tokenizer: 'bytes' or 'gpt2'
     unit: maps a key to the name whose hash decides the split; files with the same name stay on one side
-    Raises DataError if no file holds text, or if one cannot be read.
+    Raises ConfigError if no file holds text, or if one cannot be read.
     """
     # By bytes, because the characters that Python decodes a file name to depend on the locale.
     files, tok = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer)
@@ -114,7 +114,7 @@ def write_corpus(files, out, tokenizer, unit=str):
                 (val if goes_to_val(unit(key)) else train).append(tokens)
     documents = len(train) + len(val)
     if not documents:
-        raise DataError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; choose other files")
+        raise ConfigError(f"{out}: not written, none of {len(files)} files holds UTF-8 text; choose other files")
     if not (train and val):
         tokens = np.concatenate(train + val)
         train, val = ([half] for half in np.split(tokens, [-max(1, len(tokens) // 20)]))

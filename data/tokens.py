@@ -28,10 +28,6 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 UNFINISHED = "meta.json.part"  # present while the files of a folder may belong to two corpora
 
 
-class DataError(ConfigError):
-    """Data that cannot be used. The message is one line: which file, what is wrong with it, what to do."""
-
-
 def data_folder(dataset):
     """The folder of a dataset: data/<name> for a name, the path itself for anything with a slash in it."""
     is_path = any(sep in dataset for sep in {"/", os.sep}) or dataset.startswith("~")
@@ -56,25 +52,25 @@ def rebuild_command(folder):
 def split_files(folder, split):
     """
     The .bin files in a folder whose names have the word of a split (train or val) in them: [Path], sorted.
-    Raises DataError for a name with both words, and for a folder that cannot be listed.
+    Raises ConfigError for a name with both words, and for a folder that cannot be listed.
     """
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:
         names = []
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; choose a folder that can be read") from None
+        raise ConfigError(f"{folder}: {error.strerror}; choose a folder that can be read") from None
     words = {Path(folder, name): set(re.findall("[a-z]+", name[:-4])) for name in names if name.endswith(".bin")}
     for path, found in words.items():
         if {"train", "val"} <= found:
-            raise DataError(f"{path}: both train and val are in its name; rename it to say which split it is")
+            raise ConfigError(f"{path}: both train and val are in its name; rename it to say which split it is")
     return [path for path, found in words.items() if split in found]
 
 
 def open_tokens(path):
     """
     The tokens of a .bin file, (n,) uint16 with n at least 1, and the mmap that holds them. Reads only the header.
-    Raises DataError if the file is damaged or of another format, ConfigError if it is not a regular file.
+    Raises ConfigError if the file is damaged or of another format, ConfigError if it is not a regular file.
     """
     path = Path(path)
     again = f"delete it and run: {rebuild_command(path.parent)}"
@@ -82,14 +78,14 @@ def open_tokens(path):
         size = os.fstat(file.fileno()).st_size
         header = np.fromfile(file, "<i4", 256)
         if len(header) < 256:
-            raise DataError(f"{path}: {size} bytes, too short for the header; {again}")
+            raise ConfigError(f"{path}: {size} bytes, too short for the header; {again}")
         magic, version, n_tokens = (int(value) for value in header[:3])
         if (magic, version) != (MAGIC, VERSION):
-            raise DataError(f"{path}: not a file of tokens (magic {magic}, version {version} instead of {MAGIC}, "
-                            f"{VERSION}); {again}")
+            raise ConfigError(f"{path}: not a file of tokens (magic {magic}, version {version} instead of {MAGIC}, "
+                              f"{VERSION}); {again}")
         if n_tokens < 1 or size != HEADER_BYTES + 2 * n_tokens:
-            raise DataError(f"{path}: truncated or damaged (its header counts {n_tokens} tokens, which need "
-                            f"{HEADER_BYTES + 2 * n_tokens} bytes; the file has {size}); {again}")
+            raise ConfigError(f"{path}: truncated or damaged (its header counts {n_tokens} tokens, which need "
+                              f"{HEADER_BYTES + 2 * n_tokens} bytes; the file has {size}); {again}")
         content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return np.frombuffer(content, "<u2", offset=HEADER_BYTES), content
 
@@ -97,12 +93,12 @@ def open_tokens(path):
 def write_bin(path, documents):
     """
     Writes a .bin file, and waits until it is on the disk. documents: arrays of uint16 or uint8, one after the other
-    Raises DataError for more tokens than the header can count.
+    Raises ConfigError for more tokens than the header can count.
     """
     count = sum(map(len, documents))
     if count >= 2 ** 31:
-        raise DataError(f"{path}: a file cannot hold 2**31 tokens or more; prepare a part of the corpus, or use "
-                        "--tokenizer gpt2 in place of bytes (about a quarter of the tokens)")
+        raise ConfigError(f"{path}: a file cannot hold 2**31 tokens or more; prepare a part of the corpus, or use "
+                          "--tokenizer gpt2 in place of bytes (about a quarter of the tokens)")
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, count
     with open(path, "wb") as file:
@@ -129,11 +125,11 @@ def write_meta(folder, tokenizer):
 def read_meta(folder):
     """
     The content of a folder's meta.json, a dict; {} if there is none, as with shards made by other projects.
-    Raises DataError if its values are impossible, or if prepare.py was stopped between two files.
+    Raises ConfigError if its values are impossible, or if prepare.py was stopped between two files.
     """
     path, again = Path(folder) / "meta.json", rebuild_command(folder)
     if os.path.exists(path.with_name(UNFINISHED)):
-        raise DataError(f"{folder}: incomplete: prepare.py is still running or was stopped; if stopped, run: {again}")
+        raise ConfigError(f"{folder}: incomplete: prepare.py is still running or was stopped; if stopped, run: {again}")
     if not os.path.exists(path):
         return {}
     try:
@@ -141,7 +137,7 @@ def read_meta(folder):
         check(f"{path}: tokenizer", meta.get("tokenizer", ""), str)
         check(f"{path}: vocab_size", meta.get("vocab_size", 1), Annotated[int, 1, 65536])
     except ConfigError as error:
-        raise DataError(f"{error}; delete it and run: {again}") from None
+        raise ConfigError(f"{error}; delete it and run: {again}") from None
     return meta
 
 
@@ -178,9 +174,9 @@ class GPT2Tokenizer:
             import tiktoken
             self.bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:  # a dozen classes: of requests, urllib3, the disk and tiktoken's own checksums
-            raise DataError(f"tokenizer gpt2: tiktoken or its files are missing ({type(error).__name__}); pip install "
-                            "tiktoken, and connect to the network once or set TIKTOKEN_CACHE_DIR to a folder that has "
-                            "the files") from None
+            raise ConfigError(f"tokenizer gpt2: tiktoken or its files are missing ({type(error).__name__}); pip "
+                              "install tiktoken, and connect to the network once or set TIKTOKEN_CACHE_DIR to a folder "
+                              "that has the files") from None
 
     def encode(self, text):
         """str -> (n,) uint16; <|endoftext|> in the text is plain text, not the separator"""
@@ -203,11 +199,11 @@ def load_tokenizer(name):
     """
     The tokenizer called 'bytes' or 'gpt2'. It has name, vocab_size, separator (a token), encode(str) -> (n,) uint16
     and token_bytes(int) -> bytes.
-    Raises DataError for another name, or if tiktoken's files are missing.
+    Raises ConfigError for another name, or if tiktoken's files are missing.
     """
     tokenizers = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
     if name not in tokenizers:
-        raise DataError(f"tokenizer {name!r}: unknown; choose one of {', '.join(tokenizers)}")
+        raise ConfigError(f"tokenizer {name!r}: unknown; choose one of {', '.join(tokenizers)}")
     return tokenizers[name]()
 
 
@@ -223,7 +219,7 @@ class Tokens:
 
     n_tokens int, in files that are long enough for a window · n_windows int, for window() · windows_per_epoch int, for
     batch() · paths [Path] · meta dict, from read_meta · tokenizer str, or None if it is unknown
-    Raises DataError, naming the file, for data that is missing, damaged, too short or of a larger vocabulary.
+    Raises ConfigError, naming the file, for data that is missing, damaged, too short or of a larger vocabulary.
     """
 
     def __init__(self, folder, split, block_size, vocab_size, seed=0):
@@ -232,21 +228,21 @@ class Tokens:
         again = rebuild_command(self.folder)
         self.paths = split_files(self.folder, split)
         if not self.paths:
-            raise DataError(f"{self.folder}: has no {split} tokens (a .bin file with the word {split} in its name); "
-                            f"make them with: {again}")
+            raise ConfigError(f"{self.folder}: has no {split} tokens (a .bin file with the word {split} in its name); "
+                              f"make them with: {again}")
         self.meta = read_meta(self.folder)
         # Shards without a meta.json come from other projects: GPT-2 tokens, unless the vocabulary is too small.
         gpt2 = not self.meta and vocab_size >= GPT2Tokenizer.vocab_size
         self.tokenizer = self.meta.get("tokenizer", "gpt2" if gpt2 else None)
         if self.meta.get("vocab_size", 0) > vocab_size:
-            raise DataError(f"{self.folder}: its tokenizer has {self.meta['vocab_size']} tokens, the model only "
-                            f"{vocab_size}; set --vocab_size={self.meta['vocab_size']} or more")
+            raise ConfigError(f"{self.folder}: its tokenizer has {self.meta['vocab_size']} tokens, the model only "
+                              f"{vocab_size}; set --vocab_size={self.meta['vocab_size']} or more")
         self.lengths = np.array([len(open_tokens(path)[0]) for path in self.paths], np.int64)
         self.n_tokens, longest = int(self.lengths[self.lengths > block_size].sum()), int(self.lengths.max())
         if longest <= block_size:
             shorter = f"set --block_size={longest - 1} or less, or " * (longest > 1)
-            raise DataError(f"{self.folder}: the longest {split} file has {longest} tokens, and a window of block_size "
-                            f"{block_size} needs {block_size + 1}; {shorter}prepare more text")
+            raise ConfigError(f"{self.folder}: the longest {split} file has {longest} tokens, and a window of "
+                              f"block_size {block_size} needs {block_size + 1}; {shorter}prepare more text")
         # Not all at once: each mapped file holds a descriptor, and a process often may have only 1024.
         self._open = lru_cache(256)(self._open)
 
@@ -270,7 +266,7 @@ class Tokens:
         """
         Samples first … first + count - 1 of an endless stream of epochs. Each epoch has its own order and its own
         window borders, and no token twice.
-        Returns x, y: (count, block_size) int64, y one token ahead of x. Raises DataError for a token >= vocab_size.
+        Returns x, y: (count, block_size) int64, y one token ahead of x. Raises ConfigError for a token >= vocab_size.
         """
         epochs, positions = np.divmod(np.arange(first, first + count), self.windows_per_epoch)
         shard, start = np.empty(count, np.int64), np.empty(count, np.int64)
@@ -293,7 +289,7 @@ class Tokens:
     def window(self, windows):
         """
         The windows with these numbers, (k,), counted through the files in order; their borders never move.
-        Returns x, y: (k, block_size) int64. Raises DataError for a token >= vocab_size.
+        Returns x, y: (k, block_size) int64. Raises ConfigError for a token >= vocab_size.
         """
         return self._read(*self._locate(windows, self.fixed_ends))
 
@@ -309,7 +305,7 @@ class Tokens:
             step = max(1, 2 ** 20 // self.block_size)
             total = sum(lengths[self.window(windows[first:first + step])[1]].sum()
                         for first in range(0, len(windows), step))
-        except DataError:
+        except ConfigError:
             return None
         return float(total / (len(windows) * self.block_size))
 
@@ -323,7 +319,7 @@ class Tokens:
         """A view of shard s, in which row i is the block_size + 1 tokens from token i on, and the mmap under it."""
         tokens, content = open_tokens(self.paths[s])
         if len(tokens) != self.lengths[s]:
-            raise DataError(f"{self.paths[s]}: replaced while it was in use; start the run again")
+            raise ConfigError(f"{self.paths[s]}: replaced while it was in use; start the run again")
         return np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1), content
 
     def _read(self, shard, start):
@@ -332,17 +328,17 @@ class Tokens:
             windows, content = self._open(s)
             # Reading past the end of a truncated file kills the process. (It may still be truncated right after this.)
             if content.size() < len(content):
-                raise DataError(f"{self.paths[s]}: truncated while it was in use; rebuild it with: "
-                                f"{rebuild_command(self.folder)}, then continue with --resume=True")
+                raise ConfigError(f"{self.paths[s]}: truncated while it was in use; rebuild it with: "
+                                  f"{rebuild_command(self.folder)}, then continue with --resume=True")
             mask = shard == s
             rows[mask] = windows[start[mask]]
         # In the embedding, this would be a device assert on a GPU, and on a CPU an error that names no file.
         if rows.max(initial=0) >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             path = self.paths[shard[row]]
-            raise DataError(f"{path}: token {rows[row, column]} at position {start[row] + column} is outside the "
-                            f"vocabulary of {self.vocab_size}; raise --vocab_size if the tokenizer has more tokens, "
-                            f"or delete the file and run: {rebuild_command(self.folder)}")
+            raise ConfigError(f"{path}: token {rows[row, column]} at position {start[row] + column} is outside the "
+                              f"vocabulary of {self.vocab_size}; raise --vocab_size if the tokenizer has more tokens, "
+                              f"or delete the file and run: {rebuild_command(self.folder)}")
         return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
 
     def fingerprint(self):

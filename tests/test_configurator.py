@@ -61,7 +61,7 @@ def test_flags(flag, name, value):
     ("layers=3", "flags begin with two dashes: --layers=3"),
 ])
 def test_mistakes_in_flags(flag, message):
-    with refused(message, error=ConfigError):
+    with refused(message):
         read(flag)
 
 
@@ -87,7 +87,7 @@ def test_files_and_flags_apply_left_to_right(tmp_path):
 def test_mistakes_in_files(tmp_path, text, message):
     file = tmp_path / "a.py"
     file.write_text(text)
-    with refused(str(file), message, error=ConfigError):
+    with refused(str(file), message):
         read(str(file))
 
 
@@ -122,7 +122,7 @@ def test_json_is_an_object_in_a_regular_file(tmp_path):
 def test_a_file_without_a_json_object_is_refused_by_name(tmp_path, content, said):
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with refused(str(path), said, error=ConfigError):
+    with refused(str(path), said):
         read_json(path)
 
 

@@ -156,7 +156,7 @@ REFUSED = [
 def test_a_config_that_is_none_is_one_line(tmp_path):
     for content in ("[" * 10**6, "[]", "5", "", "{", "{}", '{"model_type": "nanoscale"}'):
         (tmp_path / "config.json").write_text(content)
-        with refused(str(tmp_path), error=ConfigError):
+        with refused(str(tmp_path)):
             read_config(tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_what_no_gpt_can_represent_is_refused_in_one_line(damage, flags, message
     save_llama(transformers, tmp_path)
     from_folder(tmp_path, *flags)
     damage(tmp_path)
-    with refused(message, error=ConfigError):
+    with refused(message):
         from_folder(tmp_path, *flags)
 
 
@@ -217,7 +217,7 @@ def test_an_export_whose_config_was_edited_is_refused(change, message, tmp_path)
     save_run(tmp_path / "run", ["--n_layer=1", "--n_embd=32", "--placement=dual_norm", *SHARED])
     export_to(tmp_path / "run", tmp_path / "out")
     edit(tmp_path / "out", **change)
-    with refused(message, str(tmp_path), error=ConfigError):
+    with refused(message, str(tmp_path)):
         open_model(tmp_path / "out")
 
 
@@ -272,7 +272,7 @@ def test_heads_are_tied_by_the_config_and_the_file_alike(tied, head, message, tr
     if message is None:
         assert open_model(tmp_path)[0].config.tie_embeddings == tied
     else:
-        with refused(message, "correct tie_word_embeddings", error=ConfigError):
+        with refused(message, "correct tie_word_embeddings"):
             open_model(tmp_path)
 
 

@@ -81,7 +81,7 @@ if __name__ == "__main__":
             became[name] = do()
         except SystemExit as e:
             became[name] = f"exit {e.code}"
-        except ValueError as e:  # ConfigError, DataError
+        except ValueError as e:  # ConfigError
             became[name] = str(e)
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(became))
     dist.barrier()

@@ -13,19 +13,19 @@ if __name__ == "__main__":  # Python has put this folder on the path, not the re
 
 from configurator import ConfigError, Parser
 from data.corpus import command_line, finish
-from data.tokens import HERE, DataError, GPT2Tokenizer, open_tokens
+from data.tokens import HERE, GPT2Tokenizer, open_tokens
 
 REPO = "kjj0/fineweb10B-gpt2"
 
 
 def prepare(shards=8, out=HERE / "fineweb"):
-    """Downloads the validation shard and the first training shards. Raises DataError."""
+    """Downloads the validation shard and the first training shards. Raises ConfigError."""
     if not 1 <= shards <= 103:
-        raise DataError(f"--shards {shards}: there are 103 training shards; choose 1 to 103")
+        raise ConfigError(f"--shards {shards}: there are 103 training shards; choose 1 to 103")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise DataError("huggingface_hub is not installed; run: pip install huggingface_hub") from None
+        raise ConfigError("huggingface_hub is not installed; run: pip install huggingface_hub") from None
     out.mkdir(parents=True, exist_ok=True)
     for name in ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]:
         try:
@@ -37,8 +37,8 @@ def prepare(shards=8, out=HERE / "fineweb"):
             downloaded = hf_hub_download(REPO, name, repo_type="dataset", local_dir=out / "download.part")
         except Exception as error:  # network, server, storage and disk errors have no class in common
             reason = str(error.__cause__ or error).partition("\n")[0]
-            raise DataError(f"{REPO}, {name}: not downloaded ({reason}); check the network and the disk, then run "
-                            "the same command again") from None
+            raise ConfigError(f"{REPO}, {name}: not downloaded ({reason}); check the network and the disk, then run "
+                              "the same command again") from None
         os.replace(downloaded, out / name)
         open_tokens(out / name)  # raises if it is damaged
     shutil.rmtree(out / "download.part", ignore_errors=True)

@@ -43,7 +43,7 @@ def source_files(site_packages=False):
 
 
 def prepare(out=None, tokenizer="bytes", site_packages=False):
-    """Writes the corpus and returns its folder. Raises DataError."""
+    """Writes the corpus and returns its folder. Raises ConfigError."""
     out = out or HERE / ("pysrc" + "_gpt2" * (tokenizer == "gpt2") + "_site" * site_packages)
     write_corpus(source_files(site_packages), out, tokenizer, unit)
     return out

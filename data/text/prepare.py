@@ -11,24 +11,24 @@ from pathlib import Path
 if __name__ == "__main__":  # Python has put this folder on the path, not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import Parser
+from configurator import ConfigError, Parser
 from data.corpus import command_line, find_files, home, write_corpus
-from data.tokens import HERE, DataError
+from data.tokens import HERE
 
 
 def prepare(folder, glob=None, tokenizer="bytes", out=HERE / "text"):
-    """Writes a corpus of the files that match one of the patterns in glob and returns its folder. Raises DataError."""
+    """Writes a corpus of the files that match a pattern in glob and returns its folder. Raises ConfigError."""
     glob = glob or ["*"]
     files = find_files(folder, lambda name: name.startswith("."))
     try:
         chosen = {path for pattern in glob for path in folder.rglob(pattern)}
     except (ValueError, NotImplementedError) as error:  # empty, absolute
-        raise DataError(f"--glob {' '.join(glob)}: {error}; a pattern looks like *.txt") from None
+        raise ConfigError(f"--glob {' '.join(glob)}: {error}; a pattern looks like *.txt") from None
     # Where out is the folder itself, our own meta.json would make a second run differ from the first.
     own = os.path.realpath(out / "meta.json")
     files = [(key, path) for key, path in files if path in chosen and os.path.realpath(path) != own]
     if not files:
-        raise DataError(f"{folder}: no files match {' '.join(glob)}; choose another folder or --glob")
+        raise ConfigError(f"{folder}: no files match {' '.join(glob)}; choose another folder or --glob")
     write_corpus(files, out, tokenizer)
     return out
 
