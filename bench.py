@@ -41,7 +41,7 @@ def arguments(args=None):
     add("--block", default=0, type=int, help="steps of an arm per turn; default: 10 on a GPU, 1 on a CPU")
     add("--seconds", default=math.inf, type=float, help="leave out arms and rounds to end in time; default: no limit")
     add("--tokens", default=0, type=int, help="for kernels; default: 65536 on a GPU, 2048 on a CPU")
-    add("--tuned", type=Path, help="for kernels: a file of results/tune.py, whose constants are used")
+    add("--tuned", type=Path, help="a file of results/tune.py, whose constants are used")
     add("--nanogpt", type=Path, help="for peers: a clone of github.com/karpathy/nanoGPT")
     add("--out", default=HERE / "results" / "bench", type=Path, help="where the tables go; default: results/bench")
     return parser.parse_args(args)
@@ -218,8 +218,6 @@ def arms_of(call, inputs, device):
 
 
 def bench_kernels(a):
-    if a.tuned:
-        kernels.TUNED = json.loads(a.tuned.read_text(encoding="utf-8"))
     rows, todo = [], cases(settings_of(a.size), a.tokens, a.device, a.dtype)
     for name, until in in_time(todo, a):
         call, inputs, *moved = todo[name]
@@ -236,7 +234,7 @@ def bench_kernels(a):
         report(f"kernels_{a.name}", rows, a, [
             f"{a.tokens} tokens, {a.dtype}, up to {a.rounds} rounds. both: forward and backward. copy_%: bytes that "
             f"the op must move per second, over a copy's. vs_compile: time over the compiled twin's, with its 95% "
-            f"interval. Constants of rms_norm: {kernels.TUNED or 'by its rule'}."], say=len(rows) >= 2 * len(todo))
+            f"interval. Constants: {kernels.TUNED or 'by rule'}."], say=len(rows) >= 2 * len(todo))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -448,6 +446,8 @@ def main(a, command):
     a.tokens, a.size = a.tokens or (65536 if cuda else 2048), a.size or ("llama_0.12b" if cuda else "quickstart")
     a.name = size_name(a.size)
     a.strategies, a.ways = (a.strategies or STRATEGIES.get(a.what, "")).split(","), a.ways.split(",")
+    if a.tuned:
+        kernels.TUNED = json.loads(a.tuned.read_text(encoding="utf-8"))
     VERBS[a.what](a)
 
 

@@ -126,31 +126,39 @@ def _tile(n, per_thread):
     return max(1, 128 * per_thread // columns), columns, warps
 
 
-# rms_norm's constants where others than the rules of _tile and _programs took 3% less time or better, on an H200
-# (results/bench/tune.md, made by results/tune.py), by part and width.
-TUNED = {"backward 768": {"rows": 1, "warps": 1}, "backward 1536": {"warps": 2},
-         "backward γ 768": {"programs": 8, "evict": "evict_first"},
-         "backward γ 1024": {"rows": 4, "programs": 8},
-         "backward γ 1536": {"warps": 8, "stages": 3, "programs": 8, "evict": "evict_first"},
-         "backward γ 1792": {"warps": 8, "stages": 3, "programs": 8, "evict": "evict_first"},
-         "backward γ 2048": {"rows": 4, "warps": 8, "programs": 2, "evict": "evict_first"}}
+# Constants where others than the kernels' rules took 3% less time or better, on an H200 (results/bench/tune.md, made by
+# results/tune.py), by part and width.
+TUNED = {"rms_norm backward 768": {"rows": 1, "warps": 1}, "rms_norm backward 1536": {"warps": 2},
+         "rms_norm backward γ 768": {"programs": 8, "evict": "evict_first"},
+         "rms_norm backward γ 1024": {"rows": 4, "programs": 8},
+         "rms_norm backward γ 1536": {"warps": 8, "stages": 3, "programs": 8, "evict": "evict_first"},
+         "rms_norm backward γ 1792": {"warps": 8, "stages": 3, "programs": 8, "evict": "evict_first"},
+         "rms_norm backward γ 2048": {"rows": 4, "warps": 8, "programs": 2, "evict": "evict_first"}}
 
 
-def _rms_norm_constants(part, n):
-    """(columns, {rows, warps, stages, programs per processor, evict: how the caches are told to treat x})."""
-    rows, columns, warps = _tile(n, 32 if part == "forward" else 16)
-    rule = dict(rows=rows, warps=warps, stages=1, programs=max(1, 16 // warps), evict="")
-    return columns, SimpleNamespace(**{**rule, **TUNED.get(f"{part} {n}", {})})
-
-
-def _programs(tiles, warps, device):
+def _constants(part, n, warps, **rule):
     """
-    How many programs share the tiles if each sums over its rows: as many as run at once, at 16 warps per processor.
-
-    Each leaves a row of partial sums, so more programs would write more. The number, and with it the order of the sums,
-    depends only on the shape and the GPU.
+    A kernel's constants at width n: those of its rule, or what TUNED has. stages: tiles that are on their way at the
+    same time. programs: per processor, where each sums over its rows; by rule as many as make 16 warps. Each leaves a
+    row of partial sums, so more would write more.
     """
-    return min(tiles, _processors(device) * max(1, 16 // warps))
+    tuned = TUNED.get(f"{part} {n}", {})
+    use = {**rule, "warps": warps, "stages": 1, **tuned}
+    return SimpleNamespace(**{"programs": max(1, 16 // use["warps"]), **use})
+
+
+def _programs(tiles, use, device):
+    """How many programs share the tiles: with it, the order of the sums depends only on the shape and the GPU."""
+    return min(tiles, _processors(device) * use.programs)
+
+
+def _registers(use):
+    """
+    A launch's limit on registers, so that a processor's 65,536 suffice for all programs that _programs counts on.
+    Without it the compiler may take more, and some programs would wait until others end. AMD's Triton has no such
+    option.
+    """
+    return {} if ROCM or use.warps > 16 else {"maxnreg": 65536 // (32 * use.warps * use.programs)}
 
 
 def _is_vector(gamma, n):
@@ -281,6 +289,12 @@ def _rms_norm_backward_kernel(dy, x, gamma, dtotal, dx, dgamma, rows, steps, eps
         tl.store(dgamma + tl.program_id(0) * N + column, partial, mask=column < N)
 
 
+def _rms_norm_constants(part, n):
+    """(columns, the constants): those of _tile, and evict, which tells the caches how to treat what is read once."""
+    rows, columns, warps = _tile(n, 32 if part == "rms_norm forward" else 16)
+    return columns, _constants(part, n, warps, rows=rows, evict="")
+
+
 @torch.library.custom_op("nanoscale::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, residual: Optional[Tensor], gamma: Optional[Tensor], eps: float) -> Tuple[Tensor, Tensor]:
     # An operation always returns the same number of tensors: without a residual, total has no elements.
@@ -288,7 +302,7 @@ def _rms_norm(x: Tensor, residual: Optional[Tensor], gamma: Optional[Tensor], ep
     y, total = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
     x, gamma = _rows(x), None if gamma is None else gamma.contiguous()
     residual = None if residual is None else _rows(residual)
-    columns, use = _rms_norm_constants("forward", n)
+    columns, use = _rms_norm_constants("rms_norm forward", n)
     _launch(_rms_norm_kernel, (triton.cdiv(x.size(0), use.rows),), x, residual, gamma, y, total, x.size(0), eps,
             X_STRIDE=x.stride(0), RESIDUAL_STRIDE=0 if residual is None else residual.stride(0), N=n, ROWS=use.rows,
             COLUMNS=columns, EVICT=use.evict, num_warps=use.warps)
@@ -306,9 +320,9 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, gamma: Optional[Tensor], dtotal: O
     n = x.size(-1)
     dx = x.new_empty(x.shape)  # never dy's own memory, which others may still read
     dy, x, dtotal = _rows(dy), _rows(x), None if dtotal is None else _rows(dtotal)
-    columns, use = _rms_norm_constants("backward" if gamma is None else "backward γ", n)
+    columns, use = _rms_norm_constants("rms_norm backward" + " γ" * (gamma is not None), n)
     tiles = triton.cdiv(x.size(0), use.rows)
-    programs = tiles if gamma is None else min(tiles, _processors(x.device) * use.programs)
+    programs = tiles if gamma is None else _programs(tiles, use, x.device)
     dgamma = None if gamma is None else gamma.new_empty(programs, n)
     _launch(_rms_norm_backward_kernel, (programs,), dy, x, None if gamma is None else gamma.contiguous(), dtotal, dx,
             dgamma, x.size(0), triton.cdiv(tiles, max(1, programs)), eps, DY_STRIDE=dy.stride(0),
@@ -461,7 +475,7 @@ def _qk_norm_rope_kernel(y, cos, sin, gamma, q, k, v, T, y_batch, eps, Y_ROW: tl
 @jit
 def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T, tokens, y_batch, eps,
                                   Y_ROW: tl.constexpr, N_Q: tl.constexpr, N_KV: tl.constexpr, NORMED: tl.constexpr,
-                                  D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+                                  D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr):
     """
     dy from dq, dk and dv, and per program along grid axis 0 one row of dγ, (N_Q + N_KV, D), the sum over its tokens.
 
@@ -477,7 +491,7 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
         gamma_a, gamma_b = _load_heads(gamma, 0, head, N_Q + N_KV, D, HALF)
         dgamma_a = tl.zeros((HEADS, HALF), tl.float32)
         dgamma_b = tl.zeros((HEADS, HALF), tl.float32)
-    for i in range(tl.program_id(0), tokens, tl.num_programs(0)):
+    for i in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
         batch, t = (i // T).to(tl.int64), i % T
         token = batch * T + t
         q_a, q_b = _load_heads(dq, token, head, N_Q, D, HALF)
@@ -502,12 +516,16 @@ def _qk_norm_rope_backward_kernel(dq, dk, dv, y, cos, sin, gamma, dy, dgamma, T,
         _store_heads(dgamma, tl.program_id(0), head, dgamma_a, dgamma_b, N_Q + N_KV, D, HALF)
 
 
-def _head_tile(cos, n_head, n_kv_head):
-    """The constants of both kernels, and how many programs share a token: 512 pairs of channels each, on 64 threads."""
+def _head_tile(part, cos, n_head, n_kv_head):
+    """
+    (the constants of both kernels, how many programs share a token, and _constants): by rule 512 pairs of channels per
+    program, on 64 threads.
+    """
     heads, half = n_head + 2 * n_kv_head, triton.next_power_of_2(cos.size(-1))
-    tile = min(max(1, 512 // half), triton.next_power_of_2(heads))
-    constants = dict(N_Q=n_head, N_KV=n_kv_head, D=2 * cos.size(-1), HEADS=tile, HALF=half, num_warps=2)
-    return constants, triton.cdiv(heads, tile)
+    use = _constants(f"qk_norm_rope {part}", 2 * cos.size(-1), 2, heads=max(1, 512 // half))
+    tile = min(use.heads, triton.next_power_of_2(heads))
+    constants = dict(N_Q=n_head, N_KV=n_kv_head, D=2 * cos.size(-1), HEADS=tile, HALF=half, num_warps=use.warps)
+    return constants, triton.cdiv(heads, tile), use
 
 
 @torch.library.custom_op("nanoscale::qk_norm_rope", mutates_args=())
@@ -515,7 +533,7 @@ def _qk_norm_rope(y: Tensor, cos: Tensor, sin: Tensor, gamma: Optional[Tensor], 
                   normed: int, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
     q, k, v = _empty_heads(y, cos, n_head, n_kv_head)
     y = y if y.stride(-1) == 1 else y.contiguous()
-    constants, blocks = _head_tile(cos, n_head, n_kv_head)
+    constants, blocks, _ = _head_tile("forward", cos, n_head, n_kv_head)
     _launch(_qk_norm_rope_kernel, (y.size(0) * y.size(1), blocks), y, cos.contiguous(), sin.contiguous(), gamma, q, k,
             v, y.size(1), y.stride(0), eps, Y_ROW=y.stride(1), NORMED=normed, **constants)
     return q, k, v
@@ -535,16 +553,16 @@ def _qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Optional[Tenso
                            gamma: Optional[Tensor], normed: int, eps: float) -> Tuple[Tensor, Tensor]:
     (B, T, n_head, d), n_kv_head = dq.shape, dk.size(2)
     dy = dq.new_empty((B, T, (n_head + 2 * n_kv_head) * d))
-    constants, blocks = _head_tile(cos, n_head, n_kv_head)
+    constants, blocks, use = _head_tile("backward" + " γ" * (gamma is not None), cos, n_head, n_kv_head)
     programs = B * T
     if gamma is not None:
-        programs = min(B * T, max(1, _programs(B * T * blocks, constants["num_warps"], dq.device) // blocks))
+        programs = max(1, _programs(B * T * blocks, use, dq.device) // blocks)
     dgamma = None if gamma is None else gamma.new_empty((programs, *gamma.shape), dtype=torch.float32)
     y = None if y is None else y if y.stride(-1) == 1 else y.contiguous()
     y_strides = (0, 0) if y is None else y.stride()[:2]
     _launch(_qk_norm_rope_backward_kernel, (programs, blocks), dq.contiguous(), dk.contiguous(), dv.contiguous(), y,
             cos.contiguous(), sin.contiguous(), gamma, dy, dgamma, T, B * T, y_strides[0], eps, Y_ROW=y_strides[1],
-            NORMED=normed, **constants)
+            NORMED=normed, STAGES=use.stages, **constants, **({} if gamma is None else _registers(use)))
     return dy, dq.new_empty(0) if gamma is None else dgamma.sum(0).to(gamma.dtype)
 
 
@@ -625,22 +643,20 @@ def _swiglu_kernel(y, gamma, h, rows, eps, Y_STRIDE: tl.constexpr, N: tl.constex
 @jit
 def _swiglu_backward_kernel(dh, y, gamma, dy, dgamma, rows, steps, eps, DH_STRIDE: tl.constexpr,
                             Y_STRIDE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, NORMED: tl.constexpr,
-                            ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                            ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """
     dy, the gradients of gate and up in y's layout, and per program one row of dγ, from dh and y.
 
     Bytes per bf16 number of h: 6 read and 4 written. Everything between y and h is computed again: keeping N(gate) and
     N(up) would cost the forward pass 4 more bytes, and memory.
     With γ, programs are few and long as in _rms_norm_backward_kernel. With three inputs and one sum per column,
-    registers are scarce. So γ is loaded again per row, from the L1 cache; and the launch limits a thread to 128
-    registers, so that a processor's 65,536 suffice for the 16 warps that _programs counts on. Without the limit the
-    compiler takes more, and some programs would wait until others end.
+    registers are scarce. So γ is loaded again per row, from the L1 cache.
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if gamma is not None:
         dgamma_ = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = tl.program_id(0).to(tl.int64)
-    for i in range(steps):
+    for i in tl.range(steps, num_stages=STAGES):
         row = (first + i * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)[:, None]
         inside, used = (row < rows) & (column < M), (row < rows) & (column < N)
         a = tl.where(used, tl.load(y + row * Y_STRIDE + column, mask=inside, other=0.0).to(tl.float32), 0.0)
@@ -703,12 +719,12 @@ def _swiglu_backward(dh: Tensor, y: Tensor, n: int, eps: float, normed: bool,
     dh, y = _rows(dh), _rows(y)
     tile, columns, warps, across = _swiglu_tile(m, normed)
     tiles = triton.cdiv(y.size(0), tile)
-    programs = tiles if gamma is None else _programs(tiles, warps, y.device)
+    use = _constants("swiglu backward" + " γ" * (gamma is not None), m, warps)
+    programs = tiles if gamma is None else _programs(tiles, use, y.device)
     dgamma = None if gamma is None else gamma.new_empty(programs, m)
-    limit = {"maxnreg": 128} if warps <= 16 and not ROCM else {}  # Triton refuses an option it does not know
     _launch(_swiglu_backward_kernel, (programs, across), dh, y, _padded(gamma, m), dy, dgamma, y.size(0),
             triton.cdiv(tiles, max(1, programs)), eps, DH_STRIDE=dh.stride(0), Y_STRIDE=y.stride(0), N=n, M=m,
-            NORMED=normed, ROWS=tile, COLUMNS=columns, num_warps=warps, **limit)
+            NORMED=normed, ROWS=tile, COLUMNS=columns, STAGES=use.stages, num_warps=use.warps, **_registers(use))
     return dy, y.new_empty(0) if gamma is None else dgamma[:, :n].sum(0)
 
 

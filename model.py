@@ -133,6 +133,14 @@ class FFN(nn.Module):
         return linear(swiglu(linear(h, W_gate_up), self.ffn_dim, branches.eps, bool(branches.normed), gamma), W_down)
 
 
+def pre_norm(x, y, branches, eps):
+    """(N(x + y), x + y), y being None in the first block; where N is idle before these branches, (x + y, x + y)."""
+    if branches.idle_norm:
+        x = x if y is None else x + y
+        return x, x
+    return (rms_norm(x, eps), x) if y is None else rms_norm(y, eps, residual=x)
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -160,23 +168,15 @@ class Block(nn.Module):
         The Pre-Norms have no vector: it is in the branches after them.
         """
         gemma, eps = self.config.arch == "gemma", self.config.norm_eps
-        h, x = self.pre_norm(x, y, self.attn.qkv)
+        h, x = pre_norm(x, y, self.attn.qkv, eps)
         y = self.attn(h, cos, sin, cache, weights[0])
         if gemma:
             y = rms_norm(y, eps, self.attn_post and self.attn_post())
-        h, x = self.pre_norm(x, y, (self.ffn.experts if self.config.n_experts else self.ffn).gate_up)
+        h, x = pre_norm(x, y, (self.ffn.experts if self.config.n_experts else self.ffn).gate_up, eps)
         y = self.ffn(h, weights=weights[1])
         if gemma:
             y = rms_norm(y, eps, self.ffn_post and self.ffn_post())
         return x, y
-
-    def pre_norm(self, x, y, branches):
-        """(N(x + y), x + y); where N is idle before these branches, (x + y, x + y)."""
-        eps = self.config.norm_eps
-        if branches.idle_norm:
-            x = x if y is None else x + y
-            return x, x
-        return (rms_norm(x, eps), x) if y is None else rms_norm(y, eps, residual=x)
 
 
 class GPT(nn.Module):
@@ -264,7 +264,7 @@ class GPT(nn.Module):
                          weights[i] if weights else (None, None))
         if caches:
             x, y = x[:, -1:], y[:, -1:]
-        h, _ = rms_norm(y, self.config.norm_eps, residual=x)
+        h, _ = pre_norm(x, y, self.lm_head, self.config.norm_eps)
         logits = self.logits(h, *(weights[-1] if weights else self.head_weights(h.dtype)))
         if targets is None:
             return logits, None
@@ -287,7 +287,7 @@ class GPT(nn.Module):
         return head.gram_fold(dtype) if head.gram_pays else (head.folded_weight(dtype), None, None)
 
     def logits(self, h, W, V, G):
-        """The LM head: h, (B, T, n_embd), which is N(x), to (B, T, vocab_size)."""
+        """The LM head: h, (B, T, n_embd), to (B, T, vocab_size)."""
         head = self.lm_head
         if G is not None:
             return F.linear(unit(h, V, G, head.eps), W)

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import Parser
 
 CHOICES = {"evict": ("", "evict_first"), "stages": (1, 2, 3), "programs": (2, 4, 8)}
-PARTS = {"forward": ("evict",), "backward": ("evict",), "backward γ": ("evict", "stages", "programs")}
+PARTS = {"rms_norm forward": ("evict",), "rms_norm backward": ("evict",),
+         "rms_norm backward γ": ("evict", "stages", "programs")}
 
 
 def arguments(args=None):
@@ -46,9 +47,9 @@ def operations(n, rows, device, dtype):
     """{part of kernels.TUNED: (a function that runs it, the bytes that it moves)}, as the models call them."""
     x, r, dy, dtotal = torch.randn(4, rows, n, device=device, dtype=dtype).unbind()
     gamma = torch.ones(n, device=device)
-    return {"forward": (lambda: kernels._rms_norm(x, r, None, 1e-6), 4 * x.nbytes),
-            "backward": (lambda: kernels._rms_norm_backward(dy, x, None, dtotal, 1e-6), 4 * x.nbytes),
-            "backward γ": (lambda: kernels._rms_norm_backward(dy, x, gamma, None, 1e-6), 3 * x.nbytes)}
+    return {"rms_norm forward": (lambda: kernels._rms_norm(x, r, None, 1e-6), 4 * x.nbytes),
+            "rms_norm backward": (lambda: kernels._rms_norm_backward(dy, x, None, dtotal, 1e-6), 4 * x.nbytes),
+            "rms_norm backward γ": (lambda: kernels._rms_norm_backward(dy, x, gamma, None, 1e-6), 3 * x.nbytes)}
 
 
 def tiles(n):

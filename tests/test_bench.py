@@ -127,12 +127,12 @@ def table(folder, name):
 
 
 def test_kernels(run, capsys, tmp_path):
-    (tmp_path / "tune.json").write_text('{"forward 16": {"rows": 2}}')
+    (tmp_path / "tune.json").write_text('{"rms_norm forward 16": {"rows": 2}}')
     rows, below = table(run("kernels", "--tokens=16", f"--tuned={tmp_path / 'tune.json'}"), "kernels_toy")
     out = capsys.readouterr().out
     assert "Ceilings: " in out and out.count(f"| {rows[0]['op']} |") == 2 and "16 tokens, float32" in below
     assert "Ceilings: " in below and "`python bench.py kernels --tokens=16 " in below and "--out" not in below
-    assert "{'forward 16': {'rows': 2}}" in below and kernels.TUNED == {"forward 16": {"rows": 2}}
+    assert "{'rms_norm forward 16': {'rows': 2}}" in below and kernels.TUNED == {"rms_norm forward 16": {"rows": 2}}
     assert [row["arm"] for row in rows] == ["eager", "compile"] * 7
     assert all(float(row[f"{part}_us"]) > 0 and float(row[f"{part}_copy_%"]) >= 0
                for row in rows for part in ("forward", "both"))
@@ -180,9 +180,9 @@ def test_tune_takes_the_fastest_constants(run, ceilings, monkeypatch):
     folder = run("results/tune.py", "--widths=128", "--elements=1024")
     rows, below = table(folder, "tune")
     found = json.loads((folder / "tune.json").read_text(encoding="utf-8"))
-    assert [row["part"] for row in rows] == ["forward", "backward", "backward γ"]
-    assert all(found[f"{part} 128"]["rows"] == 4 for part in ("forward", "backward", "backward γ"))
-    assert found["backward γ 128"]["stages"] == 3 and "evict" not in found["backward γ 128"]
+    assert [row["part"] for row in rows] == [f"rms_norm {part}" for part in ("forward", "backward", "backward γ")]
+    assert all(found[f"rms_norm {part} 128"]["rows"] == 4 for part in ("forward", "backward", "backward γ"))
+    assert found["rms_norm backward γ 128"]["stages"] == 3 and "evict" not in found["rms_norm backward γ 128"]
 
 
 def test_step_compares_the_ways_to_make_a_step(run):
