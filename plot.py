@@ -5,8 +5,8 @@ Draw runs of train.py, or the results of ablate.py:
     python plot.py results/figure5             every picture that its CSVs have data for, in that folder
     python plot.py results/figure5 --gamma HG  the γ of this arm, not of the one with the most scale vectors
 
-curves     loss differences to the reference over tokens; one panel per reference
-ablation   the differences at the end with their intervals, sorted; one panel per reference
+curves     loss differences to the reference over tokens, with the paper's at the end
+ablation   the differences at the end with their intervals and the paper's, sorted
 scaling    the differences over compute, where arms are named 'strategy at size'
 gammas     every γ of one arm over time, by layer and branch
 magnitudes the length of the vectors of each place over time, by arm
@@ -18,7 +18,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from cycler import cycler
 from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import EngFormatter
 
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -56,21 +56,16 @@ def style(theme):
             "svg.hashsalt": "nanoScale"}  # without a salt of ours the same data gives another SVG each time
 
 
-def colour(i):
-    colours = rcParams["axes.prop_cycle"].by_key()["color"]
-    return colours[i % len(colours)]
-
-
-def draw(folder, makers):
-    """Write the Figure that each of {name: function} makes, in each theme; the same bytes for the same data."""
+def draw(folder, make):
+    """Write the Figures of make(), {name: Figure}, in each theme; the same bytes for the same data."""
     for theme in THEMES:
         with rc_context(style(theme)):
-            for name, make in makers.items():
-                figure = make()
+            figures = make()
+            for name, figure in figures.items():
                 figure.savefig(folder / f"{name}_{theme}.svg", metadata={"Date": None, "Creator": None})
                 if theme == "light":
                     figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
-    for name in makers:
+    for name in figures:
         print(f"{readable(folder)}/{name}.png, {name}_light.svg and {name}_dark.svg")
 
 
@@ -91,66 +86,58 @@ def new_figure(text, n, columns, height, **kw):
 
 def line(ax, i, x, mean, sd=0.0, **kw):
     """A line in the i-th colour, with a band of ± sd."""
-    ax.plot(x, mean, color=colour(i), linestyle=("-", "--", ":")[i // 8 % 3], marker="." if len(x) < 6 else None, **kw)
-    ax.fill_between(x, mean - sd, mean + sd, color=colour(i), alpha=0.15, linewidth=0)
+    ax.plot(x, mean, color=f"C{i}", linestyle=("-", "--", ":")[i // 8 % 3], marker="." if len(x) < 6 else None, **kw)
+    ax.fill_between(x, mean - sd, mean + sd, color=f"C{i}", alpha=0.15, linewidth=0)
 
 
-def compare_lines(ax, lines, start=None, marks=()):
-    """
-    {name: (x, mean, sd), or None} as lines with their names at their ends. The axis is fitted to `marks`, to `start`,
-    the value that all lines begin with, and to all but the first fifth of the lines, where losses are far larger.
-    """
-    ends, reach = [], [*marks] if start is None else [start, *marks]
-    for i, (name, values) in enumerate(lines.items()):
-        if values is None:
-            continue
-        x, mean, sd = values
-        line(ax, i, x, mean, sd)
-        ends.append((mean[-1], name, colour(i)))
-        late = x >= x[-1] / 5
-        reach += [*(mean - sd)[late], *(mean + sd)[late]]
-    margin = 0.1 * (max(reach) - min(reach)) or 0.001
-    low, high = min(reach) - margin, max(reach) + margin
-    ax.set_ylim(low, high)
+def compare_lines(ax, title, x_label, lines, start=None):
+    """{name: (x, mean, sd), or None} as lines with their names at their ends. start: the value that all begin with."""
+    ends = []
     if start is not None:
         ax.axhline(start, color=rcParams["text.color"], linewidth=0.8)
+    for i, (name, values) in enumerate(lines.items()):
+        if values is not None:
+            line(ax, i, *values)
+            ends.append((values[1][-1], name, f"C{i}"))
+    low, high = ax.get_ylim()
     last, placed = -math.inf, []
-    for y, name, c in sorted(ends):
+    for y, name, color in sorted(ends):
         last = max(y, last + 0.08 * (high - low))  # without overlap
-        placed.append((last, y, name, c))
+        placed.append((last, y, name, color))
     shift = sum(at - y for at, y, _, _ in placed) / len(placed)
-    for at, _, name, c in placed:
-        ax.annotate(readable(name), (1, at - shift), xycoords=("axes fraction", "data"), xytext=(6, 0), color=c,
+    for at, _, name, color in placed:
+        ax.annotate(readable(name), (1, at - shift), xycoords=("axes fraction", "data"), xytext=(6, 0), color=color,
                     textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
-
-
-def tokens_axis(ax):
-    ax.set_xlabel("tokens")
+    ax.set_title(readable(title))
+    ax.set_xlabel(x_label)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
 
 
 def ring(ax, x, y, i):
     """Where the paper's number lies."""
-    ax.plot(x, y, "o", color=colour(i), markerfacecolor="none", markersize=7, clip_on=False)
+    ax.plot(x, y, "o", color=f"C{i}", markerfacecolor="none", markersize=7, clip_on=False)
 
 
 def explain(figure, text, paper):
-    """A caption, and what a ring is, if there are any."""
+    """A caption, and what a ring is, if there are any. paper: {arm: (panel, nats)}, as from paper_numbers()."""
     figure.supxlabel(text, fontsize=8)
     if paper:
+        model = next(iter(paper.values()))[0].partition(", ")[0]
         ring = Line2D([], [], marker="o", linestyle="", color=rcParams["text.color"], markerfacecolor="none")
-        figure.legend([ring], [f"paper, {next(iter(paper.values()))[0]}"], loc="outside lower right")
+        figure.legend([ring], [f"paper, {model}"], loc="outside lower right")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # losses
 
 
-def panels(names, arms):
-    """{reference: the arms that are compared with it}."""
-    found = defaultdict(list)
-    for name in names:
-        found[arms[name]["reference"]].append(name)
+def panels(names, arms, paper):
+    """[(title, reference, names)]: as in the paper, a panel has arms that follow each other and share a reference."""
+    found = []
+    for reference, group in groupby(names, lambda name: arms[name]["reference"]):
+        group = list(group)
+        in_paper = [paper[name][0].partition(", ")[2] for name in group if name in paper][:1]
+        found.append((": ".join([*filter(None, in_paper), f"minus {reference}"]), reference, group))
     return found
 
 
@@ -166,55 +153,41 @@ def finding(compared):
     said = []
     for verdict in ("better", "worse", "not significant"):
         if names := [name for name in tested if tested[name]["verdict"] == verdict]:
-            names.sort(key=lambda name: tested[name]["delta"])
-            few = len(names) < 5 and not any("," in name for name in names)
-            said.append(f"{verdict}: {', '.join(names) if few else f'{len(names)} of {len(tested)}'}")
-    text = "; ".join(said)
-    return text[0].upper() + text[1:]
+            said.append(f"{verdict.capitalize()}: "
+                        f"{'; '.join(names) if len(names) < 5 else f'{len(names)} of {len(tested)}'}")
+    return ". ".join(said)
 
 
-def by_seed(curves, column="val_loss"):
-    """{arm: (tokens (k,), losses (seeds, k))} from rows of logs, at the steps that all seeds have a number for."""
-    runs = defaultdict(lambda: defaultdict(dict))
-    for row in curves:
-        if math.isfinite(value := float(row.get(column) or "nan")):
-            runs[row["arm"]][row["seed"]][int(row["tokens"])] = value
-    found = {}
-    for arm, seeds in runs.items():
-        if tokens := sorted(set.intersection(*(set(run) for run in seeds.values()))):
-            found[arm] = np.array(tokens), np.array([[seeds[s][t] for t in tokens] for s in sorted(seeds)])
-    return found
+def losses(log, column="val_loss"):
+    """{tokens: loss} of a run's log, where it is finite, without the first fifth, where losses are far larger."""
+    found = {int(row["tokens"]): value for row in log if math.isfinite(value := float(row.get(column) or "nan"))}
+    return {tokens: loss for tokens, loss in found.items() if 5 * tokens > max(found)}
 
 
-def differences(arms, losses):
+def differences(arms, runs):
     """
-    {arm: (tokens (k,), mean (k,), standard deviation)} of its differences to its reference over the seeds, without
-    step 0, where there are any.
+    {arm: (tokens (k,), mean (k,), standard deviation)} of its differences to its reference over pairs with the same
+    seed, at the evaluations that all of these runs have. runs: {arm: {seed: losses()}}.
     """
     found = {}
     for name, a in arms.items():
-        if name in losses and a["reference"] in losses:
-            (here, ours), (there, theirs) = losses[name], losses[a["reference"]]
-            tokens = np.intersect1d(here, there)
-            tokens = tokens[tokens > 0]
-            if len(tokens):
-                values = ours[:, np.isin(here, tokens)] - theirs[:, np.isin(there, tokens)]
-                found[name] = tokens, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+        ours, theirs = runs[name], runs.get(a["reference"], {})
+        pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+        if tokens := sorted(set.intersection(*(set(run) for pair in pairs for run in pair))) if pairs else ():
+            values = np.array([[run[t] - other[t] for t in tokens] for run, other in pairs])
+            found[name] = np.array(tokens), values.mean(0), values.std(0, ddof=1) if len(pairs) > 1 else 0.0
     return found
 
 
 def curves(arms, found, paper):
-    """A panel per reference: differences() over tokens. paper: {arm: (model, nats)}."""
-    groups = panels(found, arms)
+    """differences() over tokens."""
+    groups = panels(found, arms, paper)
     figure, axes = new_figure(finding({name: arms[name] for name in found}), len(groups), min(2, len(groups)), 2.6)
-    for ax, (reference, names) in zip(axes, groups.items()):
-        marks = [paper[name][1] for name in names if name in paper]
-        compare_lines(ax, {name: found[name] for name in names}, 0.0, marks)
+    for ax, (title, _, names) in zip(axes, groups):
         for i, name in enumerate(names):
             if name in paper:
                 ring(ax, found[name][0][-1], paper[name][1], i)
-        ax.set_title(f"minus {readable(reference)}, nats")
-        tokens_axis(ax)
+        compare_lines(ax, f"{title}, nats", "tokens", {name: found[name] for name in names}, 0.0)
     text = "Validation loss minus the reference's"
     if any(np.ndim(sd) for _, _, sd in found.values()):
         text += ", mean over pairs with the same seed; bands: their standard deviation"
@@ -222,51 +195,50 @@ def curves(arms, found, paper):
     return figure
 
 
-def loss_of_one_run(name, log):
+def loss_of_one_run(folder):
     """Training and validation loss of a run that is not compared with another."""
-    lines = {column: (tokens, values[0], 0.0) for column in ("val_loss", "train_loss")
-             for tokens, values in by_seed(log, column).values()}
-    figure, (ax,) = new_figure(f"{name} ends at {lines['val_loss'][1][-1]:.4f} nats", 1, 1, 2.6)
-    compare_lines(ax, lines)
-    ax.set_title("nats")
-    tokens_axis(ax)
+    log = read_csv(folder / "log.csv")
+    lines = {column: (np.array([*run]), np.array([*run.values()]), 0.0)
+             for column in ("val_loss", "train_loss") if (run := losses(log, column))}
+    figure, (ax,) = new_figure(f"{folder.name} ends at {lines['val_loss'][1][-1]:.4f} nats", 1, 1, 2.6)
+    compare_lines(ax, "nats", "tokens", lines)
     return figure
 
 
 def ablation(arms, compared, paper):
-    """A panel per reference: the arms' differences at the end, the best at the top."""
-    groups = {reference: sorted(names, key=lambda name: arms[name]["delta"])
-              for reference, names in panels(compared, arms).items()}
-    heights = [0.55 + 0.27 * len(names) for names in groups.values()]
+    """The arms' differences at the end, in each panel the best at the top."""
+    groups = panels(compared, arms, paper)
+    heights = [0.55 + 0.27 * len(names) for _, _, names in groups]
     figure, axes = new_figure(finding(compared), len(groups), 1, sum(heights) / len(groups), sharex=True,
                               height_ratios=heights)
-    for ax, (reference, names) in zip(axes, groups.items()):
+    for ax, (title, reference, names) in zip(axes, groups):
+        names.sort(key=lambda name: arms[name]["delta"])
         spread = mean_and_half_width(list(arms[reference]["losses"].values()))[1]
         if spread:
             spread *= math.sqrt(2)  # two sets of the reference's runs with nothing in common
             ax.axvspan(-spread, spread, color=rcParams["grid.color"], alpha=0.7, linewidth=0, zorder=0)
         for y, name in enumerate(names):
             a = arms[name]
-            ax.errorbar(a["delta"], y, xerr=a["half"], fmt="s", color=colour(0), capsize=3, markersize=5,
-                        markerfacecolor=colour(0) if a["verdict"] != "not significant" else rcParams["axes.facecolor"])
+            ax.errorbar(a["delta"], y, xerr=a["half"], fmt="s", color="C0", capsize=3, markersize=5,
+                        markerfacecolor="C0" if a["verdict"] != "not significant" else rcParams["axes.facecolor"])
             if name in paper:
                 ring(ax, paper[name][1], y, 1)
         ax.axvline(0, color=rcParams["text.color"], linewidth=0.8)
         ax.set_yticks(range(len(names)), [readable(name) for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(False, axis="y")
-        ax.set_title(f"minus {readable(reference)}")
+        ax.set_title(readable(title))
     pairs = sorted({a["pairs"] for a in compared.values()})
     explain(figure, f"Difference in validation loss, nats, over {' or '.join(map(str, pairs))} paired seeds; bars: "
-                    "corrected intervals; filled: significant.\nGrey: how far the reference's mean may move with as "
-                    "many other seeds.", paper)
+                    "corrected intervals; filled: significant.\nGrey: how far the reference's own mean would move with "
+                    "other seeds (95%).", paper)
     return figure
 
 
 def scaling(arms, fits):
     """Paired differences over compute with their intervals, and the difference of the fits."""
     reference, *others = fits
-    said, lines, reach = [], {}, []
+    said, lines, reach = [], {}, [0.0]
     for strategy in others:
         if fits[strategy]["ratio"]:
             ratio, low, high = fits[strategy]["ratio"]
@@ -277,19 +249,20 @@ def scaling(arms, fits):
         flops = [m["flops"] for m in fits[strategy]["members"]]
         for name, a in arms.items():
             if name.partition(" at ")[0] == strategy and "delta" in a:
-                ax.errorbar(a["flops"], a["delta"], yerr=a["half"], fmt="o", color=colour(i), capsize=3,
-                            markerfacecolor=rcParams["axes.facecolor"] if "," in name else colour(i))
+                ax.errorbar(a["flops"], a["delta"], yerr=a["half"], fmt="o", color=f"C{i}", capsize=3,
+                            markerfacecolor=rcParams["axes.facecolor"] if "," in name else f"C{i}")
                 half = (a["half"] or 0.0) if a["flops"] == max(flops) else 0.0  # those of small sizes hide the rest
                 reach += [a["delta"] - half, a["delta"] + half]
         c = np.geomspace(min(flops), max(flops), 100)
         (a, b), (a0, b0) = fits[strategy]["fit"], fits[reference]["fit"]
         lines[strategy] = c, a * (c / PF_DAY) ** -b - a0 * (c / PF_DAY) ** -b0, 0.0
-    compare_lines(ax, lines, 0.0, reach)
+    margin = 0.1 * (max(reach) - min(reach))
+    ax.set_ylim(min(reach) - margin, max(reach) + margin)
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"1e{math.log10(x):.0f}"))
+    compare_lines(ax, f"validation loss minus {reference}'s, nats; line: difference of the fits L = a C^(−b)",
+                  "training compute, FLOPs (hollow: another number of tokens per parameter, not fitted)", lines, 0.0)
+    ax.xaxis.set_major_formatter("{x:.0e}")
     ax.xaxis.set_minor_formatter("")
-    ax.set_xlabel("training compute, FLOPs (hollow: another number of tokens per parameter, not fitted)")
-    ax.set_title(f"validation loss minus {readable(reference)}'s, nats; line: difference of the fits L = a C^(−b)")
     return figure
 
 
@@ -297,8 +270,9 @@ def scaling(arms, fits):
 # scale vectors
 
 SITES = {"attn.qkv.v": "attention, input", "attn.qkv.u": "attention, output", "attn": "QK-norm",
-         "ffn.gate_up.v": "FFN, input", "ffn.gate_up.u": "FFN, output", "": "post-norm", "lm_head.v": "LM head, input",
-         "lm_head.u": "LM head, output", "lm_head": "LM head, output"}
+         "ffn.gate_up.v": "FFN, input", "ffn.gate_up.u": "FFN, output", "ffn.router.v": "router, input",
+         "ffn.experts.gate_up.v": "experts, input", "ffn.experts.gate_up.u": "experts, output", "": "post-norm",
+         "lm_head.v": "LM head, input", "lm_head.u": "LM head, output"}
 
 
 def place(name):
@@ -309,20 +283,19 @@ def place(name):
 
 
 def gamma_series(scales):
-    """{(layer, site, branch): {column: (k,)}} of one run's scales.csv, with 'step'; rows without a number are left."""
-    rows = defaultdict(list)
+    """{(layer, site, branch): {column: (k,)}} of one run's scales.csv."""
+    rows, columns = defaultdict(list), ("step", "mean", "std", "norm")
     for row in scales:
-        values = {column: float(row[column]) for column in ("step", "mean", "std", "norm")}
-        if all(map(math.isfinite, values.values())):
-            rows[place(row["name"])].append(values)
-    return {key: {c: np.array([row[c] for row in group]) for c in group[0]} for key, group in rows.items()}
+        rows[place(row["name"])].append([float(row[column]) for column in columns])
+    return {key: dict(zip(columns, np.array(group).T)) for key, group in rows.items()}
 
 
 def gammas(arm, series):
     """Mean and standard deviation over channels of every γ, a row of panels per place, a column per layer."""
     layers = sorted({layer for layer, _, _ in series if layer is not None}) or [None]
-    shown = layers if len(layers) <= 6 else [layers[round(i * (len(layers) - 1) / 5)] for i in range(6)]
-    sites = list(dict.fromkeys(site for _, site, _ in series))
+    shown = [layers[i] for i in sorted({*np.linspace(0, len(layers) - 1, 6).round().astype(int)})]
+    order = [*SITES, *(site for _, site, _ in series)]
+    sites = sorted({site for _, site, _ in series}, key=order.index)
     figure, axes = new_figure(f"{arm}: γ over steps, mean and standard deviation over channels",
                               len(sites) * len(shown), len(shown), 1.45, sharex=True, sharey="row")
     rows = axes.reshape(len(sites), len(shown))
@@ -341,84 +314,85 @@ def gammas(arm, series):
 
 def magnitudes(series_of):
     """A panel per place: ‖γ‖/√n of each arm, the mean over layers and branches. series_of: {arm: gamma_series()}."""
-    panels = {}
+    places = {}
     for site in SITES:
         lines = dict.fromkeys(series_of)  # so that an arm has one colour in all panels
         for arm, series in series_of.items():
             found = [s for (_, where, _), s in series.items() if where == site]
-            found = [s for s in found if len(s["step"]) == len(found[0]["step"]) and s["norm"][0]]
             if found:  # every γ starts as ones
                 lines[arm] = found[0]["step"], np.mean([s["norm"] / s["norm"][0] for s in found], axis=0), 0.0
         if any(lines.values()):
-            panels[site] = lines
-    figure, axes = new_figure("Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches", len(panels),
-                              min(2, len(panels)), 2.3)
-    for ax, (site, lines) in zip(axes, panels.items()):
-        compare_lines(ax, lines, 1.0)
-        ax.set_title(SITES[site])
-        ax.set_xlabel("step")
+            places[site] = lines
+    figure, axes = new_figure("Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches", len(places),
+                              min(2, len(places)), 2.3)
+    for ax, (site, lines) in zip(axes, places.items()):
+        compare_lines(ax, SITES[site], "step", lines, 1.0)
     return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def plot_suite(folder, gamma=None):
-    """Make every picture that the CSVs in folder have data for. Raises ConfigError where there is nothing to draw."""
-    rows = [row for row in read_csv(folder / "results.csv") if row.get("use") == "report"]
+def by_cell(path):
+    """{cell: its rows} of a suite's CSV."""
+    found = defaultdict(list)
+    for row in read_csv(path):
+        found[row["cell"]].append(row)
+    return found
+
+
+def suite_figures(folder, gamma=None):
+    """{name: Figure}, all that the CSVs in folder have data for. Raises ConfigError where there is nothing to draw."""
+    rows = read_csv(folder / "results.csv")
     arms = summarise(rows)
     if not arms:
         raise ConfigError(f"{folder} has neither a run's log.csv nor finished cells in a results.csv of this ablate.py")
     compared = {name: a for name, a in arms.items() if "delta" in a and not a["same"]}
-    paper = {arm: (panel.split(",")[0], number) for (suite, arm, reference), (panel, number) in paper_numbers().items()
-             if suite == rows[0]["suite"] and arm in compared and arms[arm]["reference"] == reference}
-    # only the seeds that all arms have make pairs
-    seeds = set.intersection(*(set(a["losses"]) for a in arms.values()))
-    of_cell = defaultdict(list)
-    for row in rows:
-        if row["arm"] in arms and int(row["seed"]) in seeds:
-            of_cell[row["cell"]].append({"arm": row["arm"], "seed": int(row["seed"])})
-    logs, scales = ([{**row, **names} for row in read_csv(folder / f"{log}.csv") for names in of_cell[row["cell"]]]
-                    for log in ("curves", "scales"))
-    series_of = {arm: gamma_series(row for row in scales if row["arm"] == arm) for arm in arms}
-    series_of = {arm: series for arm, series in series_of.items() if series}
+    numbers, suite = paper_numbers(), rows[0]["suite"]
+    paper = {name: numbers[key] for name in compared if (key := (suite, name, arms[name]["reference"])) in numbers}
+    logs, scales = (by_cell(folder / f"{log}.csv") for log in ("curves", "scales"))
+    runs = {name: {seed: losses(logs[cell]) for seed, cell in a["runs"].items() if cell in logs}
+            for name, a in arms.items()}
+    # at the same number of tokens a run with more steps is not at its end
+    found = {name: d for name, d in differences(arms, runs).items()
+             if name in compared and arms[name]["tokens"] == arms[arms[name]["reference"]]["tokens"]}
+    series_of = {name: gamma_series(scales[cell]) for name, a in arms.items() for cell in a["runs"].values()
+                 if cell in scales}
     if gamma and gamma not in series_of:
         raise ConfigError(f"{folder}/scales.csv has no arm {gamma!r}; it has {', '.join(series_of) or 'none'}")
-    makers, fits = {}, scaling_fits(arms)
+    figures, fits = {}, scaling_fits(arms)
     if compared:
-        makers["ablation"] = partial(ablation, arms, compared, paper)
+        figures["ablation"] = ablation(arms, compared, paper)
     if len(fits) > 1:
-        makers["scaling"] = partial(scaling, arms, fits)
-    elif found := {name: d for name, d in differences(arms, by_seed(logs)).items() if name in compared}:
-        makers["curves"] = partial(curves, arms, found, paper)
+        figures["scaling"] = scaling(arms, fits)
+    elif found:
+        figures["curves"] = curves(arms, found, paper)
     if series_of:
         arm = gamma or max(series_of, key=lambda arm: len(series_of[arm]))
-        makers["gammas"] = partial(gammas, arm, series_of[arm])
+        figures["gammas"] = gammas(arm, series_of[arm])
         if len(fits) < 2:
-            makers["magnitudes"] = partial(magnitudes, series_of)
-    draw(folder, makers)
+            figures["magnitudes"] = magnitudes(series_of)
+    return figures
 
 
-def plot_runs(folders, out):
-    """Draw runs of train.py from their own logs into out, the first as the reference. Raises ConfigError."""
+def run_figures(folders):
+    """{name: Figure} of runs of train.py, from their own logs, the first as the reference. Raises ConfigError."""
     names = [folder.name for folder in folders]
-    arms, logs, makers = {}, [], {}
+    arms, runs, figures = {}, {}, {}
     for folder in folders:
         name = folder.name if names.count(folder.name) == 1 else str(folder)
-        log = [{**row, "arm": name, "seed": 0} for row in read_csv(folder / "log.csv")]
-        if not by_seed(log):
-            raise ConfigError(f"{folder}/log.csv holds no evaluation with a finite loss yet")
         arms[name] = {"reference": next(iter(arms), None)}
-        logs += log
-    if found := differences(arms, by_seed(logs)):
-        makers["curves"] = partial(curves, arms, found, {})
+        runs[name] = {0: losses(read_csv(folder / "log.csv"))}
+        if not runs[name][0]:
+            raise ConfigError(f"{folder}/log.csv holds no evaluation after step 0 with a finite loss yet")
+    if found := differences(arms, runs):
+        figures["curves"] = curves(arms, found, {})
     elif not folders[1:]:
-        makers["curves"] = partial(loss_of_one_run, name, logs)
+        figures["curves"] = loss_of_one_run(folders[0])
     for folder, name in zip(folders, arms):
         if series := gamma_series(read_csv(folder / "scales.csv")):
-            makers["gammas" + (f"-{folder.name}" if folders[1:] else "")] = partial(gammas, name, series)
-    out.mkdir(parents=True, exist_ok=True)
-    draw(out, makers)
+            figures["gammas" + (f"-{folder.name}" if folders[1:] else "")] = gammas(name, series)
+    return figures
 
 
 def main(args):
@@ -428,12 +402,13 @@ def main(args):
     parser.add_argument("--gamma", metavar="ARM", help="whose γ are drawn; default: the arm with the most")
     opt = parser.parse_args(args)
     folders = [folder.expanduser() for folder in opt.folders]
-    runs = [folder for folder in folders if (folder / "log.csv").exists()]
-    if runs:
-        plot_runs(runs, (opt.out or runs[0]).expanduser())
+    if runs := [folder for folder in folders if (folder / "log.csv").exists()]:
+        out = (opt.out or runs[0]).expanduser()
+        out.mkdir(parents=True, exist_ok=True)
+        draw(out, lambda: run_figures(runs))
     for folder in folders:
         if folder not in runs:
-            plot_suite(folder, opt.gamma)
+            draw(folder, lambda: suite_figures(folder, opt.gamma))
 
 
 if __name__ == "__main__":

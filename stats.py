@@ -95,7 +95,7 @@ def summarise(rows):
     """
     found = defaultdict(dict)
     for row in rows:
-        if row["use"] == "report":
+        if row.get("use") == "report":
             found[row["arm"]][int(row["seed"])] = row
     arms, tested = {}, defaultdict(list)
     for arm, by_seed in found.items():

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from norms import Branches
-from plot import THEMES, colour, style
+from plot import THEMES, style
 
 C, D = 6, 8  # outputs and inputs of the teacher
 KINDS = {"plain": {"scale_vectors": False}, "gamma": {}, "OR": {"form": "or"}, "DP": {"placement": "dual"}}
@@ -178,7 +178,7 @@ LABELS = {"rate": "speed of the loss, ratio", "early": "lead in loss", "all": "l
 
 def draw(panels):
     """The Figure of curves()."""
-    colours = {"base": "0.5", "ours": colour(0), "other": colour(1)}
+    colours = {"base": "0.5", "ours": "C0", "other": "C1"}
     figure = Figure(figsize=(12.5, 5.2))
     for ax, (panel, title) in zip(figure.subplots(2, 4).flat, TITLES.items()):
         x, lines = panels[panel]

@@ -1,7 +1,6 @@
 """plot.py: what it draws from the CSVs of a suite or of a run."""
 
 import os
-import subprocess
 import sys
 from xml.etree import ElementTree
 
@@ -49,119 +48,119 @@ def write_run(folder, final, bad=""):
     write_csv(folder / "scales.csv", vectors(bad))
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """{picture: Figure} of what is drawn last, in place of files."""
-    made = {}
-
-    def draw(folder, makers):
-        made.clear()
-        with plot.rc_context(plot.style("light")):
-            made.update({name: make() for name, make in makers.items()})
-
-    monkeypatch.setattr(plot, "draw", draw)
-    return made
+@pytest.fixture(autouse=True)
+def light():
+    with plot.rc_context(plot.style("light")):
+        yield
 
 
-FIGURE5 = {("baseline", ""): 0.0, ("HG", "baseline"): -0.01, ("HG+AP", "HG"): 0.02, ("HG+DNP", "HG"): -0.0102}
+FIGURE5 = {("baseline", ""): 0.0, ("HG", "baseline"): -0.01, ("HG+AP", "HG"): 0.02, ("HG+DNP", "HG"): -0.0102,
+           ("unified", "baseline"): -0.01}
 
 
 def words(figure):
     return [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
-def test_every_picture_in_both_themes_and_the_same_bytes_each_time(tmp_path):
-    write_suite(tmp_path / "s", FIGURE5)
-    command = [sys.executable, str(ROOT / "plot.py"), str(tmp_path / "s")]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    made = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir() if path.suffix != ".csv"}
-    names = ("ablation", "curves", "gammas", "magnitudes")
+def test_every_picture_in_both_themes_and_the_same_bytes_each_time(tmp_path, capsys):
+    write_suite(tmp_path, FIGURE5)
+    drawn = []
+    for _ in range(2):
+        plot.main([str(tmp_path)])
+        drawn.append({path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".csv"})
+    made = drawn[0]
+    assert made == drawn[1]
+    said, names = capsys.readouterr().out, ("ablation", "curves", "gammas", "magnitudes")
     assert sorted(made) == sorted(f"{name}{end}" for name in names for end in (".png", "_light.svg", "_dark.svg"))
     for name in names:
+        assert f"{tmp_path}/{name}.png, {name}_light.svg and {name}_dark.svg" in said
         assert int.from_bytes(made[f"{name}.png"][16:20], "big") == 1660  # twice a README's column
         for theme, (paper, *_) in plot.THEMES.items():
             assert f"fill: {paper}" in made[f"{name}_{theme}.svg"].decode()
-    plot.plot_suite(tmp_path / "s")
-    assert made == {name: (tmp_path / "s" / name).read_bytes() for name in made}
 
 
-def test_a_panel_per_reference_with_lines_labelled_and_the_papers_end_points(tmp_path, drawn):
+def test_the_papers_panels_with_lines_labelled_and_the_papers_end_points(tmp_path):
     write_suite(tmp_path, FIGURE5)
-    plot.plot_suite(tmp_path)
-    for name in ("curves", "ablation"):
-        first, second = drawn[name].axes
-        assert "minus baseline" in first.get_title(loc="left") and "minus HG" in second.get_title(loc="left")
-        assert drawn[name].get_suptitle() == "Better: HG; worse: HG+AP; not significant: HG+DNP"
-        assert [text.get_text() for legend in drawn[name].legends for text in legend.get_texts()] == ["paper, 0.12B"]
-        rings = [line.get_xydata()[0] for line in second.get_lines() if line.get_markerfacecolor() == "none"]
+    figures = plot.suite_figures(tmp_path)
+    for name, unit in (("curves", ", nats"), ("ablation", "")):
+        assert [ax.get_title(loc="left") for ax in figures[name].axes][:3] == [
+            f"{title}{unit}" for title in ("heterogeneity: minus baseline", "placement: minus HG", "minus baseline")]
+        assert figures[name].get_suptitle() == "Better: HG; unified. Worse: HG+AP. Not significant: HG+DNP"
+        assert [text.get_text() for legend in figures[name].legends for text in legend.get_texts()] == ["paper, 0.12B"]
+        rings = [line.get_xydata()[0] for line in figures[name].axes[1].get_lines()
+                 if line.get_markerfacecolor() == "none"]
         assert sorted(ring[int(name == "curves")] for ring in rings) == [0.0099, 0.0341]
-    assert words(drawn["curves"]) == ["HG", "HG+DNP", "HG+AP"]
-    line = drawn["curves"].axes[0].get_lines()[0]
-    assert line.get_xdata()[0] == 500 and line.get_ydata() == pytest.approx(-0.01, abs=1e-3)  # without step 0
-    assert [label.get_text() for label in drawn["ablation"].axes[1].get_yticklabels()] == ["HG+DNP", "HG+AP"]  # sorted
-    low, high = drawn["curves"].axes[1].get_ylim()
+    assert words(figures["curves"]) == ["HG", "HG+DNP", "HG+AP", "unified"]
+    _, _, line = figures["curves"].axes[0].get_lines()  # after the ring and zero
+    assert line.get_xdata()[0] == 1000 and line.get_ydata() == pytest.approx(-0.01, abs=1e-3)  # from a fifth on
+    assert [label.get_text() for label in figures["ablation"].axes[1].get_yticklabels()] == ["HG+DNP", "HG+AP"]
+    low, high = figures["curves"].axes[1].get_ylim()
     assert -0.01 < low < 0 and 0.0341 < high < 0.05
 
 
-def test_filled_is_significant_and_grey_is_the_spread_of_the_reference(tmp_path, drawn):
+def test_filled_is_significant_and_grey_is_the_spread_of_the_reference(tmp_path):
     write_suite(tmp_path, FIGURE5)
-    plot.plot_suite(tmp_path)
-    filled = {}
-    for ax in drawn["ablation"].axes:
+    figure, filled = plot.suite_figures(tmp_path)["ablation"], {}
+    for ax in figure.axes:
         names = [label.get_text() for label in ax.get_yticklabels()]
         squares = [line for line in ax.get_lines() if line.get_marker() == "s"]
         filled |= {name: s.get_markerfacecolor() == s.get_color() for name, s in zip(names, squares)}
-    assert filled == {"HG": True, "HG+DNP": False, "HG+AP": True}
+    assert filled == {"HG": True, "HG+DNP": False, "HG+AP": True, "unified": True}
     losses = [float(row["val_loss"]) for row in plot.read_csv(tmp_path / "results.csv") if row["arm"] == "baseline"]
-    grey = drawn["ablation"].axes[0].patches[0]
+    grey = figure.axes[0].patches[0]
     assert grey.get_width() == pytest.approx(2 * 2**0.5 * plot.mean_and_half_width(losses)[1])
 
 
-def test_scaling_draws_differences_and_says_what_the_fits_do(tmp_path, drawn):
+def test_scaling_draws_differences_and_says_what_the_fits_do(tmp_path):
     sizes = {(f"{name} at {size}", f"baseline at {size}" * (gain > 0)): 0.3 - 0.1 * i - gain
              for i, size in enumerate("SML") for name, gain in (("baseline", 0), ("unified", 0.02))}
     write_suite(tmp_path, sizes, "figure6")
-    plot.plot_suite(tmp_path)
-    ax, = drawn["scaling"].axes
+    figure = plot.suite_figures(tmp_path)["scaling"]
+    ax, = figure.axes
     points = [line.get_xydata()[0] for line in ax.get_lines() if line.get_marker() == "o"]
     assert [x for x, _ in points] == [1e12, 1e13, 1e14]
     assert [y for _, y in points] == pytest.approx([-0.02] * 3, abs=2e-3)
-    assert "Fits: the baseline needs 1." in drawn["scaling"].get_suptitle() and words(drawn["scaling"]) == ["unified"]
+    assert "Fits: the baseline needs 1." in figure.get_suptitle() and words(figure) == ["unified"]
 
 
-def test_only_reported_cells_of_the_seeds_that_all_arms_have(tmp_path, drawn):
+def test_only_reported_cells_of_the_seeds_that_two_arms_share(tmp_path):
     write_suite(tmp_path, FIGURE5)
     rows = plot.read_csv(tmp_path / "results.csv")
     rows += [{**row, "use": "tuning", "val_loss": 9, "lr": 4} for row in rows]
-    write_csv(tmp_path / "results.csv", [row for row in rows if row["cell"] != "HG+DNP2"])
-    plot.plot_suite(tmp_path)
+    write_csv(tmp_path / "results.csv", [row for row in rows if row["cell"] != "HG2"])
     losses = {row["cell"]: float(row["val_loss"]) for row in rows if row["use"] == "report"}
     mean = np.mean([losses[f"HG{seed}"] - losses[f"baseline{seed}"] for seed in (0, 1)])
-    assert drawn["curves"].axes[0].get_lines()[0].get_ydata()[-1] == pytest.approx(mean)
+    ends = [line.get_ydata()[-1] for line in plot.suite_figures(tmp_path)["curves"].axes[0].get_lines()]
+    assert pytest.approx(mean) in ends
 
 
-def test_one_seed_without_scale_vectors_still_plots(tmp_path, drawn):
+def test_an_arm_with_more_steps_than_its_reference_has_no_curve(tmp_path):
+    write_suite(tmp_path, FIGURE5)
+    rows = plot.read_csv(tmp_path / "results.csv")
+    write_csv(tmp_path / "results.csv", [{**row, "tokens": 5600} if row["arm"] == "HG+AP" else row for row in rows])
+    assert words(plot.suite_figures(tmp_path)["curves"]) == ["HG", "HG+DNP", "unified"]
+
+
+def test_one_seed_without_scale_vectors_still_plots(tmp_path):
     write_suite(tmp_path, FIGURE5, seeds=1)
     (tmp_path / "scales.csv").unlink()
-    plot.plot_suite(tmp_path)
-    assert set(drawn) == {"ablation", "curves"} and "One pair of runs each" in drawn["curves"].get_suptitle()
+    figures = plot.suite_figures(tmp_path)
+    assert set(figures) == {"ablation", "curves"} and "One pair of runs each" in figures["curves"].get_suptitle()
 
 
-def test_runs_against_the_first_and_a_single_run(tmp_path, drawn):
-    write_run(tmp_path / "baseline", 2.0)
-    write_run(tmp_path / "unified", 1.75)
-    write_run(tmp_path / "other" / "unified", 3.0)
-    plot.main([str(tmp_path / "baseline"), str(tmp_path / "unified")])
-    assert set(drawn) == {"curves", "gammas-baseline", "gammas-unified"} and words(drawn["curves"]) == ["unified"]
-    assert drawn["curves"].axes[0].get_lines()[0].get_ydata().tolist() == [-0.25] * 8
-    plot.main([str(tmp_path / name) for name in ("unified", "other/unified")])  # of one name
-    assert drawn["curves"].axes[0].get_lines()[0].get_ydata().tolist() == [1.25] * 8
-    plot.main([str(tmp_path / "unified")])
-    assert drawn["curves"].get_suptitle() == "unified ends at 1.7500 nats"
-    assert set(words(drawn["curves"])) == {"val_loss", "train_loss"}
-    low, high = drawn["curves"].axes[0].get_ylim()
-    assert low < 1.75 and 2.55 < high < 2.75  # without the first fifth
+def test_runs_against_the_first_and_a_single_run(tmp_path):
+    first, second, third = (tmp_path / name for name in ("baseline", "unified", "other/unified"))
+    for folder, loss in ((first, 2.0), (second, 1.75), (third, 3.0)):
+        write_run(folder, loss)
+    figures = plot.run_figures([first, second])
+    assert set(figures) == {"curves", "gammas-baseline", "gammas-unified"} and words(figures["curves"]) == ["unified"]
+    zero, line = figures["curves"].axes[0].get_lines()
+    assert line.get_ydata().tolist() == [-0.25] * 7
+    zero, line = plot.run_figures([second, third])["curves"].axes[0].get_lines()  # of one name
+    assert line.get_ydata().tolist() == [1.25] * 7
+    figure = plot.run_figures([second])["curves"]
+    assert figure.get_suptitle() == "unified ends at 1.7500 nats"
+    assert set(words(figure)) == {"val_loss", "train_loss"} and figure.axes[0].get_ylim()[1] < 2.75
 
 
 def test_out_is_another_folder(tmp_path, monkeypatch):
@@ -173,25 +172,26 @@ def test_out_is_another_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["_base", "$x_1$", "$$", os.fsdecode(b"\xff"), "a\\b"])
-def test_any_name_of_a_folder_is_shown_as_it_is(name, tmp_path, drawn):
-    for run in ("first", name):
-        write_run(tmp_path / run, 2.0)
-    plot.main([str(tmp_path / "first"), str(tmp_path / name)])
-    drawn["curves"].savefig(tmp_path / "x.svg")  # fails if a name is read as mathematics
-    assert words(drawn["curves"]) == [name.replace("\udcff", "\ufffd")]
+def test_any_name_of_a_folder_is_shown_as_it_is(name, tmp_path):
+    folders = [tmp_path / "first", tmp_path / name]
+    for folder in folders:
+        write_run(folder, 2.0)
+    figure = plot.run_figures(folders)["curves"]
+    figure.savefig(tmp_path / "x.svg")  # fails if a name is read as mathematics
+    assert words(figure) == [name.replace("\udcff", "\ufffd")]
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_a_run_that_diverged(bad, tmp_path, drawn):
+def test_a_run_that_diverged(bad, tmp_path):
     write_run(tmp_path / "bad", 2.0, bad)
-    with pytest.raises(ConfigError, match="holds no evaluation with a finite loss"):
-        plot.main([str(tmp_path / "bad")])
+    with pytest.raises(ConfigError, match="holds no evaluation after step 0 with a finite loss"):
+        plot.run_figures([tmp_path / "bad"])
     write_run(tmp_path / "good", 2.0)
     log = curve(2.0)
     log[-1]["val_loss"] = bad
     write_csv(tmp_path / "bad/log.csv", log)
-    plot.main([str(tmp_path / "good"), str(tmp_path / "bad")])
-    assert set(drawn) == {"curves", "gammas-good"} and len(drawn["curves"].axes[0].get_lines()[0].get_ydata()) == 7
+    zero, line = plot.run_figures([tmp_path / "good", tmp_path / "bad"])["curves"].axes[0].get_lines()
+    assert len(line.get_ydata()) == 6
 
 
 def test_refusals(tmp_path):
@@ -213,9 +213,10 @@ def test_scale_vectors_by_layer_and_branch():
 
 
 def test_curves_take_the_evaluations_that_all_seeds_have():
-    row = lambda seed, tokens, loss: {"arm": "a", "seed": seed, "tokens": str(tokens), "val_loss": str(loss)}
-    tokens, losses = plot.by_seed([row(1, 0, 4), row(1, 10, 3), row(2, 0, 5), row(2, 10, 2), row(2, 20, 1)])["a"]
-    assert tokens.tolist() == [0, 10] and losses.tolist() == [[4, 3], [5, 2]]
+    runs = {"base": {1: {10: 3.0, 20: 2.0}, 2: {10: 4.0, 20: 3.0}}, "arm": {1: {10: 2.0}, 2: {10: 2.0, 20: 1.0}}}
+    found = plot.differences({"base": {"reference": ""}, "arm": {"reference": "base"}}, runs)
+    (tokens, mean, sd), = found.values()
+    assert tokens.tolist() == [10] and mean.tolist() == [-1.5] and sd == pytest.approx(0.5**0.5)
 
 
 def test_the_diagram_is_what_its_script_draws():
