@@ -121,7 +121,7 @@ def main(args):
     except ImportError:
         raise ConfigError("an export needs Hugging Face's transformers: pip install transformers") from None
     from data.tokens import load_tokenizer
-    from hf import GAMMAS, fold, hf_config, hf_tensors, hf_type, open_model
+    from hf import fold, hf_config, hf_tensors, hf_type, open_model
 
     model, name = open_model(args.model)
     if name is None:
@@ -142,8 +142,8 @@ def main(args):
             compare(folder, model, reader)
     except OSError as e:
         raise ConfigError(f"{args.out} cannot be written: {e}") from None
-    count = {key: x.numel() for key, x in tensors.items() if not key.endswith("ffn.bias")}
-    vectors = sum(n for key, n in count.items() if key.endswith(GAMMAS))
+    count = {key: x.numel() for key, x in tensors.items() if not key.endswith("bias")}
+    vectors = sum(n for key, n in count.items() if key.endswith("norm.weight"))
     print(f"{args.out}: {sum(count.values()):,} parameters, {vectors:,} of them in scale vectors that cannot be folded")
     if model.config.tie_embeddings and not config.tie_embeddings:
         print("The LM head is no longer tied: its scale vectors are folded into it.")

@@ -6,12 +6,8 @@ A vector after a norm goes into the next matrix where everything in between is l
 into down. The others stay: DNP's u of q and k (RoPE follows), of gate (silu follows) and of the LM head, the γ of
 QK-norms and of Gemma's post-norms.
 
-A folded model is a GPTConfig and a dict of fp32 tensors, named as in the model:
-    wte, lm_head                                     no lm_head where it is tied to wte
-    blocks.0.attn.q, k, v, o, ffn.gate, up, down     dense; also ffn.shared.gate, up, down of a mixture of experts
-    blocks.0.ffn.router, bias, experts.gate, up, down          (E, n_embd), (E,), and stacks (E, ...)
-    blocks.0.attn.q_scale, k_scale, ffn.gate_scale, attn_post, ffn_post, lm_head_scale        the γ that stay
-    blocks.0.attn_norm, ffn_norm, norm               γ of Pre-Norms, which only a Hugging Face Llama has
+A folded model is a GPTConfig and a dict of fp32 tensors under Hugging Face's names (WORDS): those of its Llama, and
+those of modeling_nanoscale.py for what a Llama does not have. Each expert has matrices of its own there.
 
 Imports model.py, norms.py, settings.py, runs.py and configurator.py.
 """
@@ -29,7 +25,6 @@ from runs import check_settings, load_checkpoint
 from settings import GPTConfig, Settings, gpt_config
 
 NORMED = ("norm", "dual_norm")  # placements with a norm after the linear map
-GAMMAS = ("_scale", "_post")  # how the names of γ end that are left in a folded model
 PLACES = ("attn_placement", "v_placement", "ffn_placement", "head_placement")
 TYPES = get_type_hints(GPTConfig, include_extras=True)
 
@@ -43,11 +38,31 @@ OURS = ("arch", *MIXTURE, "scale_vectors", *PLACES, "qkv_norm", "qk_norm")
 HF_MORE = {"llama": {}, "nanoscale": {name: name for name in OURS}, "mixtral": {
     "n_experts": "num_local_experts", "expert_dim": "intermediate_size", "experts_per_token": "num_experts_per_tok"}}
 
+# Each word of our tensors' names -> Hugging Face's: blocks.0.attn.q is model.layers.0.self_attn.q_proj.weight. A _scale
+# is a γ that is left after a branch, a _norm that of a Pre-Norm, which only a Llama has. {e} counts experts.
+WORDS = {"wte": "model.embed_tokens", "lm_head": "lm_head", "lm_head_scale": "lm_head.norm", "norm": "model.norm",
+         "blocks": "model.layers", "attn": "self_attn", "attn_norm": "input_layernorm", "attn_post": "attn_post_norm",
+         "ffn": "mlp", "ffn_norm": "post_attention_layernorm", "ffn_post": "mlp_post_norm",
+         "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_scale": "q_norm", "k_scale": "k_norm",
+         "gate": "gate_proj", "up": "up_proj", "down": "down_proj", "gate_scale": "gate_norm",
+         "router": "gate", "bias": "gate.e_score_correction_bias", "experts": "experts.{e}", "shared": "shared_experts"}
+MIXTRAL_WORDS = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def hf_names(name, n_experts):
+    """The names of a tensor of ours in Hugging Face's files, as a list: one, or one per expert."""
+    try:
+        theirs = ".".join(word if word.isdigit() else WORDS[word] for word in name.split("."))
+    except KeyError:
+        raise ConfigError(f"hf.py does not know the parameter {name}; add it to WORDS and to load") from None
+    theirs += "" if name.endswith(".bias") else ".weight"
+    return [theirs.format(e=e) for e in range(n_experts)] if "{e}" in theirs else [theirs]
+
 
 def parts(model):
     """
-    A GPT under a folded model's names: ({prefix: Branches}, {name: ScaleVector that is in none of them}, {name: any
-    other tensor of its state_dict}).
+    A GPT in parts: ({prefix: Branches}, {name: ScaleVector that is in none of them}, {name: any other tensor of its
+    state_dict}). The prefix of blocks.0.attn.qkv is blocks.0.attn., so that its matrices are blocks.0.attn.q, k, v.
     """
     modules = dict(model.named_modules())
     branches = {name: module for name, module in modules.items() if isinstance(module, Branches)}
@@ -84,10 +99,13 @@ def fold(model):
         del t["lm_head"]
     kept = {name: getattr(config, name) for name in (*HF_SETTINGS, *OURS)}
     kept |= {name: "input" for name in PLACES if kept[name] not in NORMED}
-    folded = GPTConfig(**kept | dict(scale_vectors=any(x.endswith(GAMMAS) for x in t), tie_embeddings=tied,
+    tensors = {}
+    for name, x in t.items():
+        tensors |= zip(hf_names(name, config.n_experts), x if ".experts." in name else [x])
+    folded = GPTConfig(**kept | dict(scale_vectors=any(x.endswith("norm.weight") for x in tensors), tie_embeddings=tied,
                                      qk_norm=config.qk_norm and config.attn_placement not in NORMED))
     # clones: a file cannot hold two tensors that share memory, and the caller may change the model
-    return folded, {name: x.detach().float().cpu().contiguous().clone() for name, x in t.items()}
+    return folded, {name: x.detach().float().cpu().contiguous().clone() for name, x in tensors.items()}
 
 
 @torch.no_grad()
@@ -97,26 +115,33 @@ def load(model, tensors):
     into the weights of branches without a vector. The GPT then computes the same function, if it has the same norms.
     Raises ConfigError where tensors are missing, have another shape, or have no place in the model.
     """
-    left = dict(tensors)
+    left, n_experts = dict(tensors), model.config.n_experts
 
     def take(name, like, default=None):
-        x = left.pop(name, default)
-        if x is None:
-            raise ConfigError(f"there is no tensor {name}")
-        if x.shape != like.shape:
-            raise ConfigError(f"{name} has shape {list(x.shape)} and should have {list(like.shape)}")
-        return x
+        """The tensor of this name, of the shape of `like`; full of `default` where there is none."""
+        stacked, found = ".experts." in name, []
+        for theirs, part in zip(hf_names(name, n_experts), like if stacked else [like]):
+            if theirs not in left and default is None:
+                raise ConfigError(f"there is no tensor {theirs}")
+            x = left.pop(theirs) if theirs in left else torch.full_like(part, default)
+            if x.shape != part.shape:
+                raise ConfigError(f"{theirs} has shape {list(x.shape)} and should have {list(part.shape)}")
+            found.append(x)
+        return torch.stack(found) if stacked else found[0]
 
     branches, scales, matrices = parts(model)
     for name, w in matrices.items():
-        w.copy_(take(name, w, torch.zeros_like(w) if name.endswith("bias") else None))
+        w.copy_(take(name, w, 0.0 if name.endswith("bias") else None))
     for prefix, b in branches.items():
-        scales |= {f"{prefix}{c}_scale": u for c, u in b.u.items() if c in b.normed}
-    gammas = [(name, scale, take(name, scale(), torch.ones_like(scale()))) for name, scale in scales.items()]
-    ones, norms = torch.ones(model.config.n_embd), {}
+        # v and up have theirs in the next matrix
+        scales |= {f"{prefix}{c}_scale": u for c, u in b.u.items() if c in b.normed and c not in ("v", "up")}
+    gammas = [(name, scale, take(name, scale(), 1.0)) for name, scale in scales.items()]
+    norms = {}
     for prefix, b in branches.items():
-        name = ".".join(prefix.split(".")[:3]) + "_norm" if prefix else "norm"  # several branches may share this γ
-        norm = norms[name] = take(name, ones, norms.get(name, ones))
+        name = ".".join(prefix.split(".")[:3]) + "_norm" if prefix else "norm"
+        if name not in norms:  # several branches may share this γ
+            norms[name] = take(name, torch.empty(model.config.n_embd), 1.0)
+        norm = norms[name]
         gammas += [(name, v, norm) for v in b.v.values()]
         for c, _, v in b.vectors():
             if b.weight[c] is not model.wte:
@@ -129,38 +154,13 @@ def load(model, tensors):
         try:
             scale.set(gamma.expand_as(scale()))
         except ValueError as e:
-            raise ConfigError(f"{name}: {e}") from None
+            raise ConfigError(f"{hf_names(name, n_experts)[0]}: {e}") from None
     if left:
-        raise ConfigError(f"{min(left)} has no place in a model with these norms and scale vectors")
+        raise ConfigError(f"{min(left)} has no place in a model with these settings")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Hugging Face's names
-
-# Our tensors -> Hugging Face's, whose block 0 is model.layers.0. {e} counts experts: there each has its own matrices.
-HF_BLOCK = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
-            "attn.o": "self_attn.o_proj", "attn.q_scale": "self_attn.q_norm", "attn.k_scale": "self_attn.k_norm",
-            "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_post": "attn_post_norm",
-            "ffn_post": "mlp_post_norm", "ffn.router": "mlp.gate", "ffn.bias": "mlp.gate.e_score_correction_bias",
-            **{f"ffn.{ours}{c}": f"mlp.{theirs}{name}"
-               for ours, theirs in (("", ""), ("experts.", "experts.{e}."), ("shared.", "shared_experts."))
-               for c, name in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj"),
-                               ("gate_scale", "gate_norm"))}}
-HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "mlp": "block_sparse_moe"}  # in a Mixtral
-
-
-def hf_names(kind, config):
-    """Our tensor -> a list of its names in the files of a model_type: one, or one per expert."""
-    names = {"wte": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "norm": "model.norm.weight",
-             "lm_head_scale": "lm_head.norm.weight"}
-    for ours, theirs in HF_BLOCK.items():
-        if kind == "mixtral":
-            theirs = ".".join(HF_EXPERT.get(word, word) for word in theirs.split("."))
-        end = "" if ours == "ffn.bias" else ".weight"
-        names |= {f"blocks.{i}.{ours}": f"model.layers.{i}.{theirs}{end}" for i in range(config.n_layer)}
-    return {ours: [theirs.format(e=e) for e in range(config.n_experts)] if "{e}" in theirs else [theirs]
-            for ours, theirs in names.items()}
-
+# Hugging Face's classes
 
 def hf_type(config, tensors):
     """The model_type that computes a folded model: 'llama' or 'mixtral' where that does, else 'nanoscale'."""
@@ -169,7 +169,7 @@ def hf_type(config, tensors):
         return "nanoscale"
     if not config.n_experts:
         return "llama"
-    biased = any(x.any() for name, x in tensors.items() if name.endswith("ffn.bias"))
+    biased = any(x.any() for name, x in tensors.items() if name.endswith("bias"))
     return "mixtral" if config.router == "softmax" and not config.shared_dim and not biased else "nanoscale"
 
 
@@ -194,63 +194,28 @@ def hf_config(kind, config, tokenizer):
     return told
 
 
+def renamed(tensors, words):
+    return {".".join(words.get(word, word) for word in name.split(".")): x for name, x in tensors.items()}
+
+
 def hf_tensors(kind, config, tensors):
-    """A folded model's tensors under Hugging Face's names. Raises ConfigError for a name that it does not know."""
-    names, theirs = hf_names(kind, config), {}
-    if kind != "nanoscale":  # their classes want the γ of their Pre-Norms, and know no bias, which is zeros here
-        ones = {name: torch.ones(config.n_embd) for name in names if name.endswith("norm")}
-        tensors = ones | {name: x for name, x in tensors.items() if not name.endswith("ffn.bias")}
-    for name, x in tensors.items():
-        if name not in names:
-            raise ConfigError(f"hf.py does not know the parameter {name}; add it to HF_BLOCK and to load")
-        theirs |= zip(names[name], x.clone() if ".experts." in name else [x])
-    return theirs
+    """A folded model's tensors, as the class of this model_type names them."""
+    if kind == "nanoscale":
+        return tensors
+    # the others have γ in their Pre-Norms, and no bias in the router, where ours is zeros
+    norms = ["norm", *(f"blocks.{i}.{part}_norm" for i in range(config.n_layer) for part in ("attn", "ffn"))]
+    tensors = {hf_names(name, 0)[0]: torch.ones(config.n_embd) for name in norms} | {
+        name: x for name, x in tensors.items() if not name.endswith("bias")}
+    return renamed(tensors, MIXTRAL_WORDS) if kind == "mixtral" else tensors
 
 
-# What else a config.json may say: anything (...) where it does not change the function, else one of these values.
-HF_SAYS = {
-    **dict.fromkeys(("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
-                     "_name_or_path", "tokenizer_class", "bos_token_id", "eos_token_id",
-                     "pad_token_id", "unk_token_id", "use_cache", "initializer_range", "attention_dropout",
-                     "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-                     "experts_implementation", "id2label", "label2id", "is_llama_config", "transformers.js_config",
-                     "rope_parameters", "rope_scaling"), ...),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved"), (False,)), "hidden_act": ("silu", "swish"),
-    **dict.fromkeys(("sliding_window", "quantization_config"), (None,)), "rope_type": ("default",),
-    "type": ("default",), "partial_rotary_factor": (1, None), "nanoscale_tokenizer": ("bytes", "gpt2")}
 HF_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6,
                    rope_theta=10000.0, tie_word_embeddings=False)  # Llama's
-
-
-def from_hf(said):
-    """
-    GPTConfig for a config.json, a dict: of a Llama, or of a folder that export.py wrote. Raises ConfigError for what a
-    GPT cannot represent, and for every setting that it does not know, since transformers may then compute anything.
-    """
-    kind, ours = said.get("model_type"), "nanoscale_tokenizer" in said
-    if kind != "llama" and not (ours and kind in ["mixtral", "nanoscale"]):  # it may be a list, which cannot be hashed
-        raise ConfigError(f"model_type is {kind!r}; nanoScale reads Llamas and the folders that export.py wrote")
-    names = HF_SETTINGS | HF_MORE[kind]
-    # RoPE's settings are in dicts of their own, in transformers 5 and 4, or among the others
-    pairs = [pair for part in ("rope_scaling", "rope_parameters") for pair in (said.get(part) or {}).items()]
-    pairs += said.items()
-    for name, value in pairs:
-        known = ... if name in names.values() else HF_SAYS.get(name)
-        if known is None or name == "auto_map" and not ours:
-            raise ConfigError(f"nanoScale does not know {name} {value!r}; if it changes nothing, delete the line")
-        if known is not ... and value not in known:
-            raise ConfigError(f"its {name} is {value!r}, and in nanoScale's models it is {known[0]!r}")
-    bases = [value for name, value in pairs if name == "rope_theta"]
-    if any(base != bases[0] for base in bases):
-        raise ConfigError(f"it has several values of rope_theta: {', '.join(map(repr, bases))}; keep one")
-    said = HF_DEFAULTS | dict(pairs)
-    told = {mine: check(theirs, said[theirs], TYPES[mine]) for mine, theirs in names.items()
-            if said[theirs] is not None or theirs not in ("num_key_value_heads", "head_dim")}  # null: by the shape
-    made = GPTConfig(**told)
-    for mine, value in told.items():
-        if getattr(made, mine) != value:  # 0 and "same" only have a meaning in our settings
-            raise ConfigError(f"its {names[mine]} is {value!r}, which no model can have")
-    return made
+# What else changes the function that transformers computes, and the values that a GPT can have there.
+HF_FIXED = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish"),
+            "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1, None),
+            "is_causal": (True,), **dict.fromkeys(("sliding_window", "quantization_config"), (None,)),
+            "nanoscale_tokenizer": ("bytes", "gpt2")}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,15 +225,31 @@ def from_hf(said):
 def read_config(folder):
     """
     (GPTConfig, tokenizer) of a folder that export.py wrote, or of a Hugging Face Llama; tokenizer is 'bytes', 'gpt2',
-    or None where the folder is not ours. Raises ConfigError for anything else.
+    or None where the folder is not ours. Raises ConfigError for any other folder, and for what a GPT cannot represent.
     """
     path = Path(folder, "config.json")
     said = read_json(path)
+    kind, tokenizer = said.get("model_type"), said.get("nanoscale_tokenizer")
     try:
-        return from_hf(said), said.get("nanoscale_tokenizer")
+        if kind != "llama" and (tokenizer is None or kind not in list(HF_MORE)):
+            raise ConfigError(f"model_type is {kind!r}; nanoScale reads Llamas and the folders that export.py wrote")
+        # RoPE's settings are in dicts of their own, in transformers 5 and 4, or among the others
+        pairs = [pair for part in ("rope_scaling", "rope_parameters") for pair in (said.get(part) or {}).items()]
+        pairs += said.items()
+        for name, value in pairs:
+            if value not in HF_FIXED.get(name, [value]):
+                raise ConfigError(f"its {name} is {value!r}, and in nanoScale's models it is {HF_FIXED[name][0]!r}")
+        bases = [value for name, value in pairs if name == "rope_theta"]
+        if any(base != bases[0] for base in bases):  # versions of transformers differ in which one they take
+            raise ConfigError(f"it has several values of rope_theta: {', '.join(map(repr, bases))}; keep one")
+        said = HF_DEFAULTS | dict(pairs)
+        names = HF_SETTINGS | HF_MORE[kind]
+        told = {ours: check(theirs, said[theirs], TYPES[ours]) for ours, theirs in names.items()
+                if said[theirs] is not None or theirs not in ("num_key_value_heads", "head_dim")}  # null: by the shape
+        return GPTConfig(**told), tokenizer
     except KeyError as e:
         raise ConfigError(f"{path}: {e.args[0]!r} is missing") from None
-    except (TypeError, ValueError, AttributeError) as e:  # a ConfigError is a ValueError
+    except (ValueError, AttributeError) as e:  # a ConfigError is a ValueError
         raise ConfigError(f"{path}: {e}") from None
 
 
@@ -289,9 +270,6 @@ def read_tensors(folder):
             raise ConfigError(f"{file} is cut off or damaged: {e}") from None
     if not tensors:
         raise ConfigError("there is no model.safetensors; nanoScale reads no other weights")
-    for name, x in tensors.items():
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ConfigError(f"{name} is {x.dtype}; nanoScale does not read quantised weights")
     # a model that is much larger than its weights could take all memory, or be larger than torch can count
     ffn = config.n_experts * config.expert_dim + config.shared_dim or config.ffn_dim
     block = config.n_embd * (2 * config.n_head * config.d_head + 3 * ffn)
@@ -299,23 +277,13 @@ def read_tensors(folder):
     found = sum(x.numel() for x in tensors.values())
     if wanted > 2 * found + 2**28:
         raise ConfigError(f"config.json asks for at least {wanted:,} numbers, and the weights are {found:,}")
-    ours = {}
-    for name, theirs in hf_names(read_json(Path(folder, "config.json"))["model_type"], config).items():
-        found = [tensors.pop(x).float() for x in theirs if x in tensors]
-        if found and (len(found) < len(theirs) or len({x.shape for x in found}) > 1):
-            raise ConfigError(f"{theirs[0]} and those of the other experts are not {len(theirs)} tensors of one shape")
-        if found:
-            ours[name] = torch.stack(found) if ".experts." in name else found[0]
-    for name in tensors:
-        if not name.endswith("rotary_emb.inv_freq"):  # old Llamas store this table, which rope_theta gives
-            raise ConfigError(f"nanoScale's models have no {name}")
-    head = ours.get("lm_head")
-    if config.tie_embeddings and head is not None and torch.equal(head, ours.get("wte", head)):
-        del ours["lm_head"]
-    if config.tie_embeddings == ("lm_head" in ours):  # transformers would take either, or make up a random one
-        raise ConfigError(f"config.json says tie_word_embeddings {config.tie_embeddings}, and there is "
-                          f"{'another' if config.tie_embeddings else 'no'} lm_head.weight; correct tie_word_embeddings")
-    return ours
+    ours = {theirs: word for word, theirs in MIXTRAL_WORDS.items()}
+    tensors = {name: x.float() for name, x in renamed(tensors, ours).items()
+               if not name.endswith("rotary_emb.inv_freq")}  # old Llamas store this table, which rope_theta gives
+    table, head = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if config.tie_embeddings and table is not None and head is not None and torch.equal(table, head):
+        del tensors["lm_head.weight"]  # stored twice
+    return tensors
 
 
 def open_model(path):

@@ -131,22 +131,18 @@ HUGE = 10**400  # no float holds it
 REFUSED = [
     (dict(model_type="mistral"), "model_type is 'mistral'; nanoScale reads"),
     (dict(model_type="mixtral"), "model_type is 'mixtral'"), (dict(model_type=["llama"]), "model_type is ['llama']"),
-    (dict(auto_map={"AutoModelForCausalLM": "theirs.Other"}), "does not know auto_map"),
-    (dict(new_kind_of_attention=True), "does not know new_kind_of_attention True"),
-    (dict(rope_interleaved=True), "its rope_interleaved is True"), (dict(hidden_act="gelu"), "its hidden_act is"),
+    (dict(hidden_act="gelu"), "its hidden_act is"), (dict(is_causal=False), "its is_causal is False"),
     (dict(attention_bias=True), "its attention_bias is True"), (dict(mlp_bias=True), "its mlp_bias is True"),
     (dict(quantization_config={"bits": 4}), "its quantization_config is"),
     (dict(rope_theta=500.0), "several values of rope_theta: 10000.0, 500.0; keep one"),
-    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "does not know full_attention"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "its rope_type is 'llama3'"),
     (dict(rope_parameters={"rope_theta": None}), "rope_theta must be a float"), (dict(rope_scaling=5), "config.json: "),
     (dict(rms_norm_eps="1e-6"), "rms_norm_eps must be a float"), (dict(hidden_size=None), "hidden_size must be an int"),
     (dict(tie_word_embeddings=None), "tie_word_embeddings must be True or False"),
-    (dict(num_key_value_heads=0), "its num_key_value_heads is 0, which no model can have"),
     (dict(num_attention_heads=0), "num_attention_heads must be"), (dict(head_dim=7), "d_head 7 is odd"),
     (dict(num_key_value_heads=3), "not divisible by n_kv_head 3"), (dict(intermediate_size=50), "has shape"),
-    (dict(num_hidden_layers=1), "nanoScale's models have no model.layers.1"),
-    (dict(num_hidden_layers=3), "there is no tensor blocks.2"), (dict(num_hidden_layers=10**9), "must be at most"),
+    (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight has no place"),
+    (dict(num_hidden_layers=3), "no tensor model.layers.2"), (dict(num_hidden_layers=10**9), "must be at most"),
     *((dict([(name, 2**30)]), "config.json asks for") for name in (
         "hidden_size", "vocab_size", "max_position_embeddings", "intermediate_size", "head_dim")),
     *((dict([(name, HUGE)]), "config.json: ") for name in (
@@ -181,13 +177,12 @@ DAMAGES = [
     (lambda folder: (folder / "model.safetensors").write_text("no"), (), "cut off or damaged"),
     (lambda folder: (folder / "model.safetensors").unlink(), (), "there is no model.safetensors; nanoScale reads"),
     (fifo, (), "model.safetensors: not a regular file"),
-    (retensor(lambda t: t.update({EMBED: t[EMBED].to(torch.int8)})), (), "does not read quantised weights"),
     (retensor(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})), (),
-     "have no model.layers.0.self_attn.q_proj.bias"),
-    (retensor(lambda t: t.pop(EMBED)), (), "there is no tensor wte"),
-    (retensor(lambda t: t.update({EMBED: t[EMBED][:5].clone()})), (), "wte has shape [5, 32] and should have ["),
-    (retensor(lambda t: t.update({NORM: torch.zeros(32)})), ("--reparam=or",), "blocks.0.attn_norm: or cannot"),
-    (retensor(lambda t: t.update({NORM: -torch.ones(32)})), ("--reparam=er",), "blocks.0.attn_norm: er cannot"),
+     "model.layers.0.self_attn.q_proj.bias has no place"),
+    (retensor(lambda t: t.pop(EMBED)), (), f"there is no tensor {EMBED}"),
+    (retensor(lambda t: t.update({EMBED: t[EMBED][:5].clone()})), (), f"{EMBED} has shape [5, 32] and should have ["),
+    (retensor(lambda t: t.update({NORM: torch.zeros(32)})), ("--reparam=or",), f"{NORM}: or cannot"),
+    (retensor(lambda t: t.update({NORM: -torch.ones(32)})), ("--reparam=er",), f"{NORM}: er cannot"),
 ]
 
 
@@ -207,12 +202,11 @@ def test_what_no_gpt_can_represent_is_refused_in_one_line(damage, flags, message
     (dict(num_key_value_heads=..., head_dim=..., n_experts=...), "'n_experts' is missing"),
     (dict(rope_theta=3e4), "several values of rope_theta"), (dict(router=...), "'router' is missing"),
     (dict(rope_scaling={"type": "linear"}), "its type is 'linear'"),
-    (dict(ffn_placement="same"), "its ffn_placement is 'same'"), (dict(placement="norm"), "does not know placement"),
     (dict(head_placement="triple"), "head_placement must be one of"), (dict(arch="palm"), "arch must be one of"),
-    (dict(router="hash"), "router must be one of"), (dict(colour="red"), "does not know colour 'red'"),
+    (dict(router="hash"), "router must be one of"),
     (dict(nanoscale_tokenizer=["bytes"]), "its nanoscale_tokenizer is"),
-    (dict(n_experts=6), "experts are not 6 tensors of one shape"), (dict(n_experts=-1), "n_experts must be at least 0"),
-    (dict(n_experts=0, expert_dim=0, shared_dim=0), "have no model.layers.0.mlp")], ids=str)
+    (dict(n_experts=6), "has shape [5] and should have [6]"), (dict(n_experts=-1), "n_experts must be at least 0"),
+    (dict(n_experts=0, expert_dim=0, shared_dim=0), ".mlp.down_proj.weight")], ids=str)
 def test_an_export_whose_config_was_edited_is_refused(change, message, tmp_path):
     save_run(tmp_path / "run", ["--n_layer=1", "--n_embd=32", "--placement=dual_norm", *SHARED])
     export_to(tmp_path / "run", tmp_path / "out")
@@ -234,7 +228,7 @@ SAYINGS = [
     ("mlp_bias", [..., False]), ("tie_word_embeddings", [..., ..., True, False]), ("sliding_window", [..., 5]),
     ("num_key_value_heads", [4, 4, ..., 2]), ("partial_rotary_factor", [..., 0.5]), ("is_causal", [..., False]),
     ("pretraining_tp", [..., 1, 2]), ("max_position_embeddings", [..., 128, 4096]), ("use_cache", [..., False]),
-    ("layer_types", [..., ["sliding_attention"] * 2]), ("rope_interleaved", [..., False]),
+    ("rope_interleaved", [..., False, True]),
     ("logits_scaling", [..., 3.0]), ("dtype", [..., "float32", "bfloat16"]), ("eos_token_id", [..., 3, [1, 2]]),
     ("model_type", ["llama"] * 9 + ["mistral", "gemma3_text"])]
 
@@ -262,8 +256,7 @@ def test_whatever_is_accepted_has_the_logits_of_transformers(transformers, tmp_p
 
 @pytest.mark.parametrize("tied,head,message", [
     (True, "none", None), (True, "the table", None), (False, "another", None), (False, "the table", None),
-    (True, "another", "tie_word_embeddings True, and there is another lm_head.weight"),
-    (False, "none", "tie_word_embeddings False, and there is no lm_head.weight")])
+    (True, "another", "lm_head.weight has no place"), (False, "none", "there is no tensor lm_head.weight")])
 def test_heads_are_tied_by_the_config_and_the_file_alike(tied, head, message, transformers, tmp_path):
     save_llama(transformers, tmp_path)
     edit(tmp_path, tie_word_embeddings=tied)
@@ -272,7 +265,7 @@ def test_heads_are_tied_by_the_config_and_the_file_alike(tied, head, message, tr
     if message is None:
         assert open_model(tmp_path)[0].config.tie_embeddings == tied
     else:
-        with refused(message, "correct tie_word_embeddings"):
+        with refused(message):
             open_model(tmp_path)
 
 
@@ -365,7 +358,7 @@ def test_train_goes_on_from_our_own_export(mixture, dataset, tmp_path):
         assert abs(first_val_loss(tmp_path / "a") - model(*val_batch(dataset))[1]) < 1e-5
     for flags, message in [((), "attn_placement 'input' has none: set it to dual_norm or norm"),
                            (("--placement=dual_norm", "--head_placement=dual"), "head_placement 'dual' has none"),
-                           (("--placement=norm", "--head_placement=norm"), "_scale has no place"),
+                           (("--placement=norm", "--head_placement=norm"), "norm.weight has no place"),
                            (("--placement=dual_norm", "--n_layer=3"), "n_layer 3 contradicts .* which has 2; leave"),
                            (("--placement=dual_norm", "--shared_dim=7"), "shared_dim 7 contradicts")]:
         with pytest.raises(ConfigError, match=message):
