@@ -61,6 +61,7 @@ from types import SimpleNamespace
 
 import torch
 import torch._inductor.config
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -417,10 +418,14 @@ def bench_profile(a, steps=5):
         with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as p:
             for _ in range(steps):
                 arm.step()
-        table = p.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=25,
-                                       max_name_column_width=70)
-        report(f"profile_{a.name}_{name.replace(' --', '_')}_{way}", f"```\n{table}```", a, [
-            f"{steps} steps. Without the profiler one takes {1e3 * seconds:.2f} ms, at "
+        used = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key) for e in p.key_averages()
+                if not e.is_user_annotation and (not cuda or e.device_type == DeviceType.CUDA)]
+        total = sum(us for us, *_ in used)
+        rows = [{"ms": f"{us / steps / 1e3:.3f}", "%": f"{100 * us / total:.1f}", "calls": f"{calls / steps:.0f}",
+                 "kernel" if cuda else "operation": key[:100]} for us, calls, key in sorted(used, reverse=True)[:40]]
+        report(f"profile_{a.name}_{name.replace(' --', '_')}_{way}", rows, a, [
+            f"Per step, of {steps}: {total / steps / 1e3:.2f} ms in {sum(c for _, c, _ in used) / steps:.0f} calls. "
+            f"Without the profiler a step takes {1e3 * seconds:.2f} ms, at "
             f"{share(flops, [seconds], a.ceilings.flops, [matmul])}% of the matrix product's speed."])
 
 
