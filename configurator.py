@@ -20,6 +20,7 @@ import traceback
 from ast import literal_eval
 from dataclasses import fields
 from inspect import getsource, ismodule
+from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -53,17 +54,13 @@ def check(name, value, hint):
             raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
         return value
     hint, lowest, highest = get_args(hint) if get_origin(hint) is Annotated else (hint, -LARGEST, LARGEST)
-    if hint is float and type(value) is int:
-        value = float(max(min(value, 2**200), -2**200))
-    if type(value) is not hint:
+    if type(value) is not hint and (type(value), hint) != (int, float):
         kind = {int: "an int", float: "a float", bool: "True or False", str: "a string"}[hint]
         raise ConfigError(f"{name} must be {kind}, not {value!r}")
-    if hint is str and "\0" in value:
-        raise ConfigError(f"{name} must not hold a zero byte")
     if hint is not str and not lowest <= value <= highest:
         bound = f"at least {lowest}" if value < lowest else f"at most {highest}"
         raise ConfigError(f"{name} must be {bound}, not {value!r}")
-    return value
+    return hint(value)
 
 
 def _known(name, hints, where):
@@ -79,13 +76,7 @@ def read_file(path, hints):
 
     Raises ConfigError for a file that is not there, cannot run, or sets what is not a setting.
     """
-    folder, name = os.path.split(path)
-    if os.access(folder or ".", os.R_OK | os.X_OK) and not os.path.lexists(path):
-        near = difflib.get_close_matches(name, sorted(os.listdir(folder or ".")), n=1)
-        hint = f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
-        raise ConfigError(f"{path}: there is no such config file.{hint}")
-    with open_file(path) as f:
-        source, namespace = f.read(), {}  # bytes, which may begin with a mark or name their encoding
+    source, namespace = read_bytes(path), {}  # bytes, which may begin with a mark or name their encoding
     try:
         exec(compile(source, path, "exec"), namespace)
     except (Exception, SystemExit) as e:  # whatever goes wrong in the file's own code
@@ -114,17 +105,23 @@ def open_file(path):
             raise ConfigError(f"{path}: not a regular file")
         return open(path, "rb")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
+        near = difflib.get_close_matches(os.path.basename(path), [p.name for p in Path(path).parent.glob("*")], n=1)
+        hint = f". Did you mean {Path(path).with_name(near[0])}?" if near else ""
+        raise ConfigError(f"{path}: there is no such file{hint}") from None
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
 
 
-def read_json(path, largest=2 ** 24):
-    """The object in a JSON file, as a dict. Raises ConfigError for anything else, and above `largest` bytes."""
+def read_bytes(path):
+    """The content of a file. Raises ConfigError as open_file does."""
     with open_file(path) as f:
-        text = f.read(largest + 1)
-    if len(text) > largest:
-        raise ConfigError(f"{path}: larger than {largest} bytes, which no file of this kind is")
+        return f.read()
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict. Raises ConfigError for anything else, and for more than 16 MB."""
+    with open_file(path) as f:
+        text = f.read(2 ** 24)  # what is longer is cut off here, and then not JSON
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:  # deeply nested brackets exceed Python's stack
@@ -182,10 +179,10 @@ def help_text(settings_class):
 
 
 class _Stream:
-    """A standard stream. Once writing to it has failed, `error` says why, and what is printed goes nowhere."""
+    """A standard stream. Once writing to it has failed it is lost, and what is printed goes nowhere."""
 
     def __init__(self, stream):
-        self._stream, self.error = stream, None
+        self._stream, self.lost = stream, False
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -201,7 +198,7 @@ class _Stream:
             return do(*args)
         except OSError as e:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            self.error = e
+            self.lost = True
             if not isinstance(e, BrokenPipeError):  # `| head` has seen enough; a full disk is worth a line
                 print(f"{os.path.basename(sys.argv[0])}: what it prints is lost: {e.strerror}", file=sys.stderr)
 
@@ -231,7 +228,7 @@ def _ended(kind, error, trace):
 
 def unheard():
     """Whether printing goes nowhere: the reader or the terminal has gone, or the disk is full."""
-    return any(getattr(stream, "error", None) is not None for stream in (sys.stdout, sys.stderr))
+    return any(getattr(stream, "lost", False) for stream in (sys.stdout, sys.stderr))
 
 
 def from_command_line(settings_class, usage):
@@ -240,7 +237,7 @@ def from_command_line(settings_class, usage):
     args = sys.argv[1:]
     if "--help" in args or "-h" in args:
         print((usage or "").strip() + "\n\nsettings, with their defaults:\n" + help_text(settings_class))
-        sys.exit(int(unheard()))
+        sys.exit(0)
     try:
         return configure(settings_class, args)
     except ConfigError as e:

@@ -16,7 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from configurator import ConfigError, Parser, open_file, refuse, streams, unheard
+from configurator import ConfigError, Parser, read_bytes, refuse, streams, unheard
 
 
 def arguments(args=None):
@@ -41,12 +41,6 @@ def arguments(args=None):
     return parsed
 
 
-def read(path):
-    """The bytes of a file. Raises ConfigError."""
-    with open_file(path) as f:
-        return f.read()
-
-
 def open_tokenizer(name, folder):
     """
     (encode, decode) by our tokenizer's name, or, where that is None, by the folder's tokenizer.json. encode(text) is
@@ -66,7 +60,7 @@ def open_tokenizer(name, folder):
         from tokenizers import Tokenizer
     except ImportError:
         raise ConfigError(f"{path} is for Hugging Face's tokenizers: pip install tokenizers") from None
-    text = read(path)
+    text = read_bytes(path)
     try:
         theirs = Tokenizer.from_buffer(text)
     except Exception as e:  # that package raises nothing more precise
@@ -79,7 +73,7 @@ def main(args):
     prompt = args.prompt
     if args.prompt_file is not None:
         try:
-            prompt = read(args.prompt_file).decode("utf-8")
+            prompt = read_bytes(args.prompt_file).decode("utf-8")
         except UnicodeDecodeError as e:
             raise ConfigError(f"prompt_file {args.prompt_file} is not a text in UTF-8: {e}") from None
 

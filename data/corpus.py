@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import ConfigError, open_file, streams
+from configurator import ConfigError, read_bytes, refuse, streams
 from data.tokens import UNFINISHED, load_tokenizer, write_bin, write_meta
 
 
@@ -27,17 +27,14 @@ def find_files(root, ignored):
     without it would be a different one.
     """
     def stop(error):
-        raise error
+        raise ConfigError(f"{error.filename}: {error.strerror}; fix that and run the same command again")
 
     found, left_out = [], []
-    try:
-        for folder, folders, names in os.walk(root, onerror=stop):
-            folders[:] = [name for name in folders if not ignored(name)]
-            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-            for path in (Path(folder, name) for name in names + links if not ignored(name)):
-                (found if path.is_file() else left_out).append(path)
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}; fix that and run the same command again") from None
+    for folder, folders, names in os.walk(root, onerror=stop):
+        folders[:] = [name for name in folders if not ignored(name)]
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for path in (Path(folder, name) for name in names + links if not ignored(name)):
+            (found if os.path.isfile(path) else left_out).append(path)
     if left_out:
         print(f"{root}: left out {len(left_out)} links to folders, dangling links and special files; the first is "
               f"{left_out[0]}", file=sys.stderr)
@@ -54,17 +51,18 @@ def goes_to_val(key):
 
 def encode_file(path, tokenizer):
     """
-    One file as one document, (n,) uint16, or None if it is not text: not UTF-8, empty, or with NULs.
-    Raises ConfigError if it cannot be read: without it the corpus would be a different one.
+    One file as one document, (n,) uint16, or None if it is not text: not UTF-8, empty, or with NULs or a million blanks
+    in a row. Raises ConfigError if it cannot be read: without it the corpus would be a different one.
     """
     try:
-        with open_file(path) as file:
-            text = file.read().decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    except (ConfigError, OSError) as error:
+        content = read_bytes(path)
+    except ConfigError as error:
         raise ConfigError(f"{error}; nothing was written. Fix or move it and run the same command again") from None
-    return np.insert(tokenizer.encode(text), 0, tokenizer.separator) if text and "\0" not in text else None
+    try:
+        tokens = tokenizer.encode(content.decode("utf-8"))
+    except ValueError:
+        return None
+    return np.insert(tokens, 0, tokenizer.separator) if content and b"\0" not in content else None
 
 
 def save(out, tokenizer, train, val):
@@ -119,7 +117,7 @@ def write_corpus(files, out, tokenizer, unit=str):
         tokens = np.concatenate(train + val)
         train, val = ([half] for half in np.split(tokens, [-max(1, len(tokens) // 20)]))
         print("split: too few files to split by file, so val is the last 5% of the tokens")
-    print(f"files: {documents} ({len(files) - documents} skipped: not UTF-8, empty or with NULs)")
+    print(f"files: {documents} ({len(files) - documents} skipped: empty or not UTF-8 text)")
     save(out, tok, train, val)
 
 
@@ -140,9 +138,7 @@ def command_line(prepare, parser, default):
     try:
         prepare(**arguments)
     except ConfigError as error:
-        parser.exit(2, f"{error}\n")
+        refuse(error)
     except OSError as error:  # a full disk, a folder that cannot be written
-        where = error.filename or arguments.get("out") or parser.prog
-        parser.exit(2, f"{where}: {error.strerror or error}; make room or choose another --out\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; the same command continues from what is complete\n")
+        where = error.filename or arguments.get("out", "the corpus")
+        refuse(f"{where}: {error.strerror or error}; make room or choose another --out")

@@ -55,9 +55,7 @@ def split_files(folder, split):
     Raises ConfigError for a name with both words, and for a folder that cannot be listed.
     """
     try:
-        names = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        names = []
+        names = sorted(os.listdir(folder)) if os.path.lexists(folder) else []
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}; choose a folder that can be read") from None
     words = {Path(folder, name): set(re.findall("[a-z]+", name[:-4])) for name in names if name.endswith(".bin")}
@@ -167,7 +165,6 @@ class GPT2Tokenizer:
     """GPT-2's byte pairs, by tiktoken. A model with a padded vocabulary of 50,304 can produce unknown tokens."""
 
     name, vocab_size, separator = "gpt2", 50257, 50256
-    longest_run = 2 ** 19  # blanks in a row; at about a million tiktoken's regular expression runs out of stack
 
     def __init__(self):
         try:
@@ -179,15 +176,12 @@ class GPT2Tokenizer:
                               "that has the files") from None
 
     def encode(self, text):
-        """str -> (n,) uint16; <|endoftext|> in the text is plain text, not the separator"""
+        """str -> (n,) uint16; <|endoftext|> in the text is plain text, not the separator. Raises ConfigError."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8
-        cuts = [0]
-        for run in re.finditer(r"\s+", text) if len(text) > self.longest_run else ():
-            cuts += range(run.start() + self.longest_run, run.end(), self.longest_run)
-        pieces = (text[start:end] for start, end in zip(cuts, cuts[1:] + [None]))
-        # Not encode_ordinary, which builds a list of Python ints under the interpreter's lock while threads wait.
-        tokens = [self.bpe.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-        return np.concatenate(tokens).astype(np.uint16)
+        try:  # not encode_ordinary, which builds a list of Python ints under the interpreter's lock while threads wait
+            return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except ValueError as error:  # a million blanks in a row are too much for tiktoken's regular expression
+            raise ConfigError(f"tiktoken cannot encode this text ({error}); shorten its runs of blanks") from None
 
     def token_bytes(self, token):
         """int -> bytes, empty for a token that does not exist"""
@@ -223,8 +217,7 @@ class Tokens:
     """
 
     def __init__(self, folder, split, block_size, vocab_size, seed=0):
-        self.folder, self.split, self.seed = Path(folder), split, seed
-        self.block_size, self.vocab_size = block_size, vocab_size
+        self.folder, self.block_size, self.vocab_size, self.seed = Path(folder), block_size, vocab_size, seed
         again = rebuild_command(self.folder)
         self.paths = split_files(self.folder, split)
         if not self.paths:
@@ -259,7 +252,7 @@ class Tokens:
     def _epoch(self, epoch):
         """The offset of each shard (n_shards,) and the order of the windows (windows_per_epoch,) in one epoch."""
         # RandomState, because its streams are frozen; a newer numpy may change what default_rng draws.
-        random = np.random.RandomState([self.seed % 2 ** 32, epoch])
+        random = np.random.RandomState([self.seed, epoch])
         return random.randint(0, self.slack, dtype=np.int64), random.permutation(self.windows_per_epoch)
 
     def batch(self, first, count):

@@ -145,7 +145,7 @@ def test_longer_runs_take_the_rate_of_the_arm_they_name(tiny):
     (["primary", "--jobs=0"], "jobs must be at least 1"), (["primary", "--n_head=3"], "not divisible by n_head"),
     (["primary", "--batch_tokens=33"], "not divisible by block_size"), (["a/x.py,b/x.py"], "of different names"),
     (["primary", "--lrs=1,2,3", "--seeds=1,101"], "share a seed"), (["figure6", "--sizes=1@²"], "as in 2@100"),
-    (["figure6", "--sizes=²"], "there is no such config file"),
+    (["figure6", "--sizes=²"], "there is no such file"),
     (["primary", "--sizes=1"], "is for figure6 and figure7"),
     (["primary", "--lrs=1e-3,2e-3"], "takes one rate, or three and more"),
     (["primary", "--device=cuda:99"], "cannot be used here"), (["primary", "--max_step=3"], "Did you mean 'max_steps'"),

@@ -301,7 +301,7 @@ def test_peers(run, tmp_path):
 
 
 def test_bad_requests_are_refused(run, monkeypatch, tmp_path):
-    for words, said in ((["overhead", "--strategies=nothing"], "no such config file"),
+    for words, said in ((["overhead", "--strategies=nothing"], "no such file"),
                         (["overhead", "--strategies=baseline --lrr=1"], "lrr"),
                         (["peers", f"--nanogpt={tmp_path}/nowhere"], "not a clone of nanoGPT")):
         with pytest.raises(ConfigError, match=said):

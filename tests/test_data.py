@@ -128,27 +128,6 @@ def test_tokens_that_do_not_exist_have_no_bytes(tokenizer):
     assert [tokenizer.token_bytes(token) for token in (tokenizer.vocab_size, 65535, -1)] == [b"", b"", b""]
 
 
-RUN = 1_100_000  # tiktoken's regular expression runs out of stack at 1,000,000 blanks in a row
-
-
-@pytest.mark.parametrize("text", [" " * RUN + "x", "x" + "\n \t\u00a0\u3000\x1c" * (RUN // 6) + " x y"])
-def test_gpt2_encodes_a_million_blanks_in_a_row(gpt2, text):
-    assert gpt2.bpe.decode_bytes(gpt2.encode(text).tolist()) == text.encode()
-
-
-@pytest.mark.parametrize("run", ["\n" * 9, " " * 8 + "x", " \n" * 5])
-def test_gpt2_cuts_only_runs_that_are_too_long(gpt2, monkeypatch, run):
-    text = ("some" + run + "words ") * 50
-    plain = gpt2.encode(text).tolist()
-    assert plain == gpt2.bpe.encode_ordinary(text)
-    monkeypatch.setattr(GPT2Tokenizer, "longest_run", 20)
-    assert gpt2.encode(text).tolist() == plain
-    monkeypatch.setattr(GPT2Tokenizer, "longest_run", 4)
-    cut = gpt2.encode(text).tolist()
-    assert gpt2.bpe.decode_bytes(cut) == text.encode()
-    assert gpt2.bpe.encode_ordinary(" x")[0] in cut or "x" not in run  # no word lost the blank before it
-
-
 def test_a_lone_surrogate_is_replaced_and_bytes_drop_the_separator(tokenizer):
     tokens = tokenizer.encode("a\ud800b")
     assert b"".join(tokenizer.token_bytes(int(token)) for token in tokens) == b"a?b"

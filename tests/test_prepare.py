@@ -88,8 +88,15 @@ def test_text_keeps_every_document_once_and_splits_by_name(tmp_path, run, reques
     assert meta["tokenizer"] == tokenizer and meta["vocab_size"] == load_tokenizer(tokenizer).vocab_size
     assert meta["val_tokens"] == Tokens(out, "val", 8, 50257).n_tokens
     assert done.code == 0 and not done.stderr  # no progress bar in a pipe
-    assert done.stdout.startswith("files: 120 (3 skipped: not UTF-8, empty or with NULs)\n")
+    assert done.stdout.startswith("files: 120 (3 skipped: empty or not UTF-8 text)\n")
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["files", *meta, "folder"]
+
+
+def test_a_million_blanks_in_a_row_are_no_text_for_gpt2(tmp_path, gpt2):
+    (tmp_path / "a.txt").write_text(" " * 1_100_000 + "x")
+    assert corpus.encode_file(tmp_path / "a.txt", gpt2) is None
+    with refused("tiktoken cannot encode this text", "blanks"):
+        gpt2.encode(" " * 1_100_000 + "x")
 
 
 @pytest.mark.parametrize("prepare", [text.prepare, pysrc.prepare])
@@ -402,7 +409,7 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path):
     code = f"ulimit -f 1024; trap '' XFSZ; exec {sys.executable} {script} in --out out"  # no file above 1 MB
     done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("out: ") and "make room" in done.stderr
+    assert done.stderr.startswith("prepare.py: out: ") and "make room" in done.stderr
     assert snapshot(tmp_path / "out") == before
 
 

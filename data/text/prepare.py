@@ -4,7 +4,6 @@ Hidden files and files that are not UTF-8 are skipped. About 5% of the files go 
 inside the folder. With too few files for that, the last 5% of the tokens do.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -24,9 +23,8 @@ def prepare(folder, glob=None, tokenizer="bytes", out=HERE / "text"):
         chosen = {path for pattern in glob for path in folder.rglob(pattern)}
     except (ValueError, NotImplementedError) as error:  # empty, absolute
         raise ConfigError(f"--glob {' '.join(glob)}: {error}; a pattern looks like *.txt") from None
-    # Where out is the folder itself, our own meta.json would make a second run differ from the first.
-    own = os.path.realpath(out / "meta.json")
-    files = [(key, path) for key, path in files if path in chosen and os.path.realpath(path) != own]
+    chosen.discard(out / "meta.json")  # of an earlier corpus, where out is the folder itself
+    files = [(key, path) for key, path in files if path in chosen]
     if not files:
         raise ConfigError(f"{folder}: no files match {' '.join(glob)}; choose another folder or --glob")
     write_corpus(files, out, tokenizer)
