@@ -35,7 +35,6 @@ from configurator import ConfigError, Parser, refuse, streams
 from stats import PF_DAY, mean_and_half_width, paper_numbers, read_csv, scaling_fits, summarise
 from suites import readable
 
-WIDTH = 8.3  # inches; at 100 to the inch, GitHub's column
 THEMES = {  # background, text, grid, and Okabe and Ito's colours, which colour-blind readers can tell apart
     "light": ("#fbfaf7", "#24292f", "#d9d6cf", ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56a0c9",
                                                 "#7b3fa0", "#5f8f2f"]),
@@ -76,8 +75,8 @@ def draw(folder, make):
 def new_figure(text, n, columns, height, **kw):
     """A Figure with a title and n axes, `columns` to a row of `height` inches. kw: for Figure.subplots."""
     rows = -(-n // columns)
-    figure = Figure(figsize=(WIDTH, 0.9 + height * rows))
-    figure.suptitle(readable(text), x=0.01, ha="left", fontsize=10, wrap=True)
+    figure = Figure(figsize=(8.3, 0.9 + height * rows))  # at 100 to the inch, GitHub's column
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10, wrap=True)
     axes = figure.subplots(rows, columns, squeeze=False, **kw).ravel()
     for ax in axes[n:]:
         ax.set_visible(False)
@@ -106,9 +105,9 @@ def compare_lines(ax, title, x_label, lines, start=None):
         placed.append((last, y, name, color))
     shift = sum(at - y for at, y, _, _ in placed) / len(placed)
     for at, _, name, color in placed:
-        ax.annotate(readable(name), (1, at - shift), xycoords=("axes fraction", "data"), xytext=(6, 0), color=color,
+        ax.annotate(name, (1, at - shift), xycoords=("axes fraction", "data"), xytext=(6, 0), color=color,
                     textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
-    ax.set_title(readable(title))
+    ax.set_title(title)
     ax.set_xlabel(x_label)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
 
@@ -171,9 +170,10 @@ def differences(arms, runs):
     """
     found = {}
     for name, a in arms.items():
-        ours, theirs = runs[name], runs.get(a["reference"], {})
-        pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-        if tokens := sorted(set.intersection(*(set(run) for pair in pairs for run in pair))) if pairs else ():
+        theirs = runs.get(a["reference"], {})
+        pairs = [(run, theirs[seed]) for seed, run in runs[name].items() if run and theirs.get(seed)]
+        evaluated = [set(run) for pair in pairs for run in pair]
+        if pairs and (tokens := sorted(set.intersection(*evaluated))):
             values = np.array([[run[t] - other[t] for t in tokens] for run, other in pairs])
             found[name] = np.array(tokens), values.mean(0), values.std(0, ddof=1) if len(pairs) > 1 else 0.0
     return found
@@ -195,12 +195,11 @@ def curves(arms, found, paper):
     return figure
 
 
-def loss_of_one_run(folder):
+def loss_of_one_run(name, log):
     """Training and validation loss of a run that is not compared with another."""
-    log = read_csv(folder / "log.csv")
     lines = {column: (np.array([*run]), np.array([*run.values()]), 0.0)
              for column in ("val_loss", "train_loss") if (run := losses(log, column))}
-    figure, (ax,) = new_figure(f"{folder.name} ends at {lines['val_loss'][1][-1]:.4f} nats", 1, 1, 2.6)
+    figure, (ax,) = new_figure(f"{name} ends at {lines['val_loss'][1][-1]:.4f} nats", 1, 1, 2.6)
     compare_lines(ax, "nats", "tokens", lines)
     return figure
 
@@ -224,10 +223,10 @@ def ablation(arms, compared, paper):
             if name in paper:
                 ring(ax, paper[name][1], y, 1)
         ax.axvline(0, color=rcParams["text.color"], linewidth=0.8)
-        ax.set_yticks(range(len(names)), [readable(name) for name in names])
+        ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(False, axis="y")
-        ax.set_title(readable(title))
+        ax.set_title(title)
     pairs = sorted({a["pairs"] for a in compared.values()})
     explain(figure, f"Difference in validation loss, nats, over {' or '.join(map(str, pairs))} paired seeds; bars: "
                     "corrected intervals; filled: significant.\nGrey: how far the reference's own mean would move with "
@@ -238,7 +237,7 @@ def ablation(arms, compared, paper):
 def scaling(arms, fits):
     """Paired differences over compute with their intervals, and the difference of the fits."""
     reference, *others = fits
-    said, lines, reach = [], {}, [0.0]
+    said, lines = [], {}
     for strategy in others:
         if fits[strategy]["ratio"]:
             ratio, low, high = fits[strategy]["ratio"]
@@ -251,13 +250,9 @@ def scaling(arms, fits):
             if name.partition(" at ")[0] == strategy and "delta" in a:
                 ax.errorbar(a["flops"], a["delta"], yerr=a["half"], fmt="o", color=f"C{i}", capsize=3,
                             markerfacecolor=rcParams["axes.facecolor"] if "," in name else f"C{i}")
-                half = (a["half"] or 0.0) if a["flops"] == max(flops) else 0.0  # those of small sizes hide the rest
-                reach += [a["delta"] - half, a["delta"] + half]
         c = np.geomspace(min(flops), max(flops), 100)
         (a, b), (a0, b0) = fits[strategy]["fit"], fits[reference]["fit"]
         lines[strategy] = c, a * (c / PF_DAY) ** -b - a0 * (c / PF_DAY) ** -b0, 0.0
-    margin = 0.1 * (max(reach) - min(reach))
-    ax.set_ylim(min(reach) - margin, max(reach) + margin)
     ax.set_xscale("log")
     compare_lines(ax, f"validation loss minus {reference}'s, nats; line: difference of the fits L = a C^(−b)",
                   "training compute, FLOPs (hollow: another number of tokens per parameter, not fitted)", lines, 0.0)
@@ -275,40 +270,36 @@ SITES = {"attn.qkv.v": "attention, input", "attn.qkv.u": "attention, output", "a
          "lm_head.v": "LM head, input", "lm_head.u": "LM head, output"}
 
 
-def place(name):
-    """(layer or None, site, branch) of a scale vector's name: 'blocks.3.attn.qkv.v.q' is (3, 'attn.qkv.v', 'q')."""
-    layer, rest = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", name).groups()
-    site, _, branch = rest.rpartition(".")
-    return None if layer is None else int(layer), site, branch
-
-
 def gamma_series(scales):
-    """{(layer, site, branch): {column: (k,)}} of one run's scales.csv."""
+    """
+    {(layer, site, branch): {column: (k,)}} of one run's scales.csv. The key of 'blocks.3.attn.qkv.v.q' is
+    ('3', 'attn.qkv.v', 'q'); what a name does not have is empty.
+    """
     rows, columns = defaultdict(list), ("step", "mean", "std", "norm")
     for row in scales:
-        rows[place(row["name"])].append([float(row[column]) for column in columns])
+        key = re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:(.*)\.)?(.*)", row["name"]).groups("")
+        rows[key].append([float(row[column]) for column in columns])
     return {key: dict(zip(columns, np.array(group).T)) for key, group in rows.items()}
 
 
 def gammas(arm, series):
     """Mean and standard deviation over channels of every γ, a row of panels per place, a column per layer."""
-    layers = sorted({layer for layer, _, _ in series if layer is not None}) or [None]
+    layers = sorted({layer for layer, _, _ in series if layer}, key=int) or [""]
     shown = [layers[i] for i in sorted({*np.linspace(0, len(layers) - 1, 6).round().astype(int)})]
-    order = [*SITES, *(site for _, site, _ in series)]
-    sites = sorted({site for _, site, _ in series}, key=order.index)
+    sites = sorted(dict.fromkeys(site for _, site, _ in series), key=lambda site: [*SITES, site].index(site))
     figure, axes = new_figure(f"{arm}: γ over steps, mean and standard deviation over channels",
                               len(sites) * len(shown), len(shown), 1.45, sharex=True, sharey="row")
     rows = axes.reshape(len(sites), len(shown))
     for row, site in zip(rows, sites):
         for ax, layer in zip(row, shown):  # what is in no layer stands in the first column
-            keys = [key for key in series if key[1] == site and (key[0] == layer or key[0] is None and ax is row[0])]
+            keys = [key for key in series if key[1] == site and (key[0] == layer or not key[0] and ax is row[0])]
             for i, key in enumerate(keys):
                 line(ax, i, series[key]["step"], series[key]["mean"], series[key]["std"], label=key[2])
             ax.set_visible(bool(keys))
         row[0].set_ylabel(SITES.get(site, site))
         row[0].legend(loc="best", handlelength=1)
     for ax, layer in zip(rows[0], shown):
-        ax.set_title("" if layer is None else f"layer {layer}")
+        ax.set_title(f"layer {layer}" if layer else "")
     return figure
 
 
@@ -333,14 +324,6 @@ def magnitudes(series_of):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def by_cell(path):
-    """{cell: its rows} of a suite's CSV."""
-    found = defaultdict(list)
-    for row in read_csv(path):
-        found[row["cell"]].append(row)
-    return found
-
-
 def suite_figures(folder, gamma=None):
     """{name: Figure}, all that the CSVs in folder have data for. Raises ConfigError where there is nothing to draw."""
     rows = read_csv(folder / "results.csv")
@@ -350,14 +333,14 @@ def suite_figures(folder, gamma=None):
     compared = {name: a for name, a in arms.items() if "delta" in a and not a["same"]}
     numbers, suite = paper_numbers(), rows[0]["suite"]
     paper = {name: numbers[key] for name in compared if (key := (suite, name, arms[name]["reference"])) in numbers}
-    logs, scales = (by_cell(folder / f"{log}.csv") for log in ("curves", "scales"))
-    runs = {name: {seed: losses(logs[cell]) for seed, cell in a["runs"].items() if cell in logs}
+    logs, scales = (read_csv(folder / f"{log}.csv") for log in ("curves", "scales"))
+    runs = {name: {seed: losses(row for row in logs if row["cell"] == cell) for seed, cell in a["runs"].items()}
             for name, a in arms.items()}
     # at the same number of tokens a run with more steps is not at its end
-    found = {name: d for name, d in differences(arms, runs).items()
-             if name in compared and arms[name]["tokens"] == arms[arms[name]["reference"]]["tokens"]}
-    series_of = {name: gamma_series(scales[cell]) for name, a in arms.items() for cell in a["runs"].values()
-                 if cell in scales}
+    found = differences({name: a for name, a in compared.items()
+                         if a["tokens"] == arms[a["reference"]]["tokens"]}, runs)
+    series_of = {name: series for name, a in arms.items()  # scales.csv holds one seed
+                 if (series := gamma_series(row for row in scales if row["cell"] in a["runs"].values()))}
     if gamma and gamma not in series_of:
         raise ConfigError(f"{folder}/scales.csv has no arm {gamma!r}; it has {', '.join(series_of) or 'none'}")
     figures, fits = {}, scaling_fits(arms)
@@ -380,7 +363,7 @@ def run_figures(folders):
     names = [folder.name for folder in folders]
     arms, runs, figures = {}, {}, {}
     for folder in folders:
-        name = folder.name if names.count(folder.name) == 1 else str(folder)
+        name = readable(folder if names.count(folder.name) > 1 else folder.name)
         arms[name] = {"reference": next(iter(arms), None)}
         runs[name] = {0: losses(read_csv(folder / "log.csv"))}
         if not runs[name][0]:
@@ -388,7 +371,7 @@ def run_figures(folders):
     if found := differences(arms, runs):
         figures["curves"] = curves(arms, found, {})
     elif not folders[1:]:
-        figures["curves"] = loss_of_one_run(folders[0])
+        figures["curves"] = loss_of_one_run(name, read_csv(folder / "log.csv"))
     for folder, name in zip(folders, arms):
         if series := gamma_series(read_csv(folder / "scales.csv")):
             figures["gammas" + (f"-{folder.name}" if folders[1:] else "")] = gammas(name, series)

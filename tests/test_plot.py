@@ -206,10 +206,13 @@ def test_refusals(tmp_path):
 
 
 def test_scale_vectors_by_layer_and_branch():
-    assert plot.place("blocks.11.attn.qkv.u.q") == (11, "attn.qkv.u", "q")
-    assert plot.place("blocks.0.attn.q_scale") == (0, "attn", "q_scale")
-    assert plot.place("blocks.2.ffn_post") == (2, "", "ffn_post")
-    assert plot.place("lm_head.v.shared") == (None, "lm_head.v", "shared")
+    names = "blocks.11.attn.qkv.u.q", "blocks.0.attn.q_scale", "blocks.2.ffn_post", "lm_head.v.shared"
+    rows = [{"name": name, "step": step, "mean": 1, "std": 2, "norm": 3} for step in (0, 10) for name in names]
+    series = plot.gamma_series(rows)
+    assert list(series) == [("11", "attn.qkv.u", "q"), ("0", "attn", "q_scale"), ("2", "", "ffn_post"),
+                            ("", "lm_head.v", "shared")]
+    for found in series.values():
+        assert [x.tolist() for x in found.values()] == [[0, 10], [1, 1], [2, 2], [3, 3]]
 
 
 def test_curves_take_the_evaluations_that_all_seeds_have():
