@@ -46,13 +46,12 @@ def new_folder(path):
     path = Path(os.path.realpath(path))  # unlike resolve(), no error for links in a circle
     if os.path.lexists(path) and not (path.is_dir() and not os.listdir(path)):
         raise ConfigError(f"{path} is there already; delete it, or name another folder")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".") as tmp:
+        part = Path(tmp, path.name)
+        part.mkdir()
         yield part
         os.rename(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_tokenizer(folder, tokenizer, config):
@@ -66,24 +65,25 @@ def write_tokenizer(folder, tokenizer, config):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    tokens[tokenizer.separator], end, symbols = None, "<|endoftext|>", bytes_to_unicode()
+    end, own = "<|endoftext|>", {i: tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)}
+    del own[tokenizer.separator]
     if tokenizer.name == "bytes":
         spell = lambda b: "▁" if b == b" " else b.decode() if b < b"\x80" else f"<0x{b.hex().upper()}>"
+        vocab = {end: tokenizer.separator} | {spell(token): i for i, token in own.items()}
         # the converter makes up the rest of the model's vocabulary only for a BPE
-        tokens += [b"<unused%d>" % i for i in range(len(tokens), config.vocab_size)]
-    else:
-        spell = lambda token: "".join(symbols[b] for b in token)
-    vocab = {end if token is None else spell(token): i for i, token in enumerate(tokens)}
-    if tokenizer.name == "bytes":
+        vocab |= {f"<unused{i}>": i for i in range(len(vocab), config.vocab_size)}
         theirs = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
         theirs.normalizer = normalizers.Replace(" ", "▁")
         theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     else:
+        symbols = bytes_to_unicode()
+        spell = lambda token: "".join(symbols[b] for b in token)
+        vocab = {end: tokenizer.separator} | {spell(token): i for i, token in own.items()}
         # tiktoken has no list of merges: any two tokens whose bytes make up a third are merged, lowest number first
-        halves = ((spell(token[:i]), spell(token[i:])) for token in tokens if token for i in range(1, len(token)))
+        halves = ((spell(token[:i]), spell(token[i:])) for token in own.values() for i in range(1, len(token)))
         theirs = Tokenizer(models.BPE(vocab, [pair for pair in halves if vocab.keys() >= set(pair)]))
-        theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        theirs.decoder = decoders.ByteLevel()
     theirs.add_special_tokens([AddedToken(end, normalized=False, special=True)])
     (folder / "tokenizer.json").write_text(theirs.to_str(pretty=True) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({
@@ -103,9 +103,8 @@ def compare(folder, model, reader):
     transformers.utils.logging.disable_progress_bar()
     module = "modeling_nanoscale" if reader == "NanoScaleForCausalLM" else "transformers"
     idx = torch.arange(min(model.config.block_size, 64))[None] * 7 % model.config.vocab_size
-    with torch.no_grad(), TemporaryDirectory() as tmp:
-        Path(tmp, "model").symlink_to(folder)  # transformers reads only paths in UTF-8
-        theirs = getattr(import_module(module), reader).from_pretrained(Path(tmp, "model"), dtype=torch.float32)
+    theirs = getattr(import_module(module), reader).from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
         computed, expected = theirs(idx).logits, model(idx)[0]
     # the median over tokens of each one's largest error: rounding may send a token to another expert
     error = ((computed - expected).abs().amax(-1).median() / expected.abs().max()).item()
@@ -117,6 +116,7 @@ def compare(folder, model, reader):
 def main(args):
     try:
         import transformers  # noqa: F401
+        from safetensors import SafetensorError
         from safetensors.torch import save
     except ImportError:
         raise ConfigError("an export needs Hugging Face's transformers: pip install transformers") from None
@@ -140,16 +140,15 @@ def main(args):
             if kind == "nanoscale":
                 shutil.copyfile(Path(__file__).with_name("modeling_nanoscale.py"), folder / "modeling_nanoscale.py")
             compare(folder, model, reader)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:  # safetensors reads no path that is not UTF-8
         raise ConfigError(f"{args.out} cannot be written: {e}") from None
     count = {key: x.numel() for key, x in tensors.items() if not key.endswith("bias")}
     vectors = sum(n for key, n in count.items() if key.endswith("norm.weight"))
     print(f"{args.out}: {sum(count.values()):,} parameters, {vectors:,} of them in scale vectors that cannot be folded")
     if model.config.tie_embeddings and not config.tie_embeddings:
         print("The LM head is no longer tied: its scale vectors are folded into it.")
-    print("Its logits equal the model's. " + (
-        "It loads with trust_remote_code=True, by its modeling_nanoscale.py, and not in llama.cpp"
-        if kind == "nanoscale" else f"It loads as {reader}"))
+    how = ", with trust_remote_code=True, and not in llama.cpp" if kind == "nanoscale" else ""
+    print(f"Its logits equal the model's. It loads as {reader}{how}")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama import modeling_llama as llama
-
-# transformers 5.24 calls past_key_values cache
-CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
 
 
 class NanoScaleConfig(llama.LlamaConfig):
@@ -47,6 +43,7 @@ class NanoScaleConfig(llama.LlamaConfig):
 
     def validate(self):
         pass  # in transformers 5, Llama's wants the heads to divide the width
+
 
 class NanoScaleRMSNorm(nn.Module):
     """γ ⊙ x / sqrt(mean(x²) + ε), in fp32. group: channels that the mean is over. n: length of γ; 0 is no γ."""
@@ -86,15 +83,13 @@ class NanoScaleAttention(llama.LlamaAttention):
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         B, T, _ = hidden_states.shape
-        cache = kwargs.pop(CACHE, None)
+        cache = kwargs.pop("cache", kwargs.pop("past_key_values", None))  # its name before transformers 5.24
         branches = (self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, self.v_norm)
         q, k, v = (norm(proj(hidden_states)).view(B, T, -1, self.head_dim).transpose(1, 2) for proj, norm in branches)
         q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, {"cache_position": kwargs.get("cache_position")})
-        kind, attend = self.config._attn_implementation, llama.eager_attention_forward
-        if kind not in (None, "eager"):
-            attend = ALL_ATTENTION_FUNCTIONS[kind]
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, llama.eager_attention_forward)
         y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(y.reshape(B, T, -1)), weights
 
