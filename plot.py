@@ -330,7 +330,7 @@ def suite_figures(folder, gamma=None):
     arms = summarise(rows)
     if not arms:
         raise ConfigError(f"{folder} has neither a run's log.csv nor finished cells in a results.csv of this ablate.py")
-    compared = {name: a for name, a in arms.items() if "delta" in a and not a["same"]}
+    compared = {name: a for name, a in arms.items() if "delta" in a}
     numbers, suite = paper_numbers(), rows[0]["suite"]
     paper = {name: numbers[key] for name in compared if (key := (suite, name, arms[name]["reference"])) in numbers}
     logs, scales = (read_csv(folder / f"{log}.csv") for log in ("curves", "scales"))
@@ -351,7 +351,7 @@ def suite_figures(folder, gamma=None):
     elif found:
         figures["curves"] = curves(arms, found, paper)
     if series_of:
-        arm = gamma or max(series_of, key=lambda arm: len(series_of[arm]))
+        arm = gamma or max(reversed(series_of), key=lambda arm: len(series_of[arm]))
         figures["gammas"] = gammas(arm, series_of[arm])
         if len(fits) < 2:
             figures["magnitudes"] = magnitudes(series_of)

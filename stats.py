@@ -88,16 +88,15 @@ def summarise(rows):
 
     The dict: lr, reference, losses {seed: nats}, runs {seed: cell}, mean, params, tokens, flops; an arm that diverged
     with any seed is left out. Where the reference counts too and they share seeds: pairs (how many), added
-    (parameters), same (they are the same runs), delta and half (mean paired difference and half of its interval),
-    and with two pairs or more p (Holm's, over the distinct comparisons), tests (how many these are) and verdict:
-    'better' or 'worse' if the interval excludes 0, else 'not significant'. The interval is at the level at which Holm
-    tests the arm. half and p are None for a single pair.
+    (parameters), delta and half (mean paired difference and half of its interval), p and verdict. With two pairs or
+    more, p is Holm's, the interval is at the level at which he tests the arm, and the verdict is 'better' or 'worse' if
+    the interval excludes 0, else 'not significant'. With one pair, half and p are None.
     """
     found = defaultdict(dict)
     for row in rows:
         if row.get("use") == "report":
             found[row["arm"]][int(row["seed"])] = row
-    arms, tested = {}, defaultdict(list)
+    arms, differences = {}, {}
     for arm, by_seed in found.items():
         losses = {seed: float(row["val_loss"]) for seed, row in sorted(by_seed.items())}
         first = next(iter(by_seed.values()))
@@ -106,25 +105,18 @@ def summarise(rows):
                          "runs": {seed: row["cell"] for seed, row in by_seed.items()},
                          "mean": statistics.mean(losses.values()),
                          **{name: float(first[name]) for name in ("params", "tokens", "flops")}}
-    for a in arms.values():
+    for arm, a in arms.items():
         ref = arms.get(a["reference"], {"losses": {}})
-        if seeds := [s for s in a["losses"] if s in ref["losses"]]:
-            differences = [a["losses"][s] - ref["losses"][s] for s in seeds]
-            a["delta"], a["half"] = mean_and_half_width(differences)
-            a |= {"pairs": len(seeds), "added": a["params"] - ref["params"], "same": a["runs"] == ref["runs"],
-                  "p": None, "verdict": "not significant"}
-            if len(seeds) > 1 and not a["same"]:
-                # the same runs under two names, or compared both ways, are one comparison
-                runs = frozenset(frozenset(x["runs"][s] for s in seeds) for x in (a, ref))
-                tested[runs].append((a, differences))
-    corrected = holm({runs: paired_p(named[0][1]) for runs, named in tested.items()})
-    for runs, named in tested.items():
-        for a, differences in named:
-            a["p"], level = corrected[runs]
-            a["half"] = mean_and_half_width(differences, level)[1]
-            a["tests"] = len(tested)
-            if abs(a["delta"]) > a["half"]:
-                a["verdict"] = "better" if a["delta"] < 0 else "worse"
+        if pairs := [loss - ref["losses"][seed] for seed, loss in a["losses"].items() if seed in ref["losses"]]:
+            differences[arm] = pairs
+            a["delta"], a["half"] = mean_and_half_width(pairs)
+            a |= {"pairs": len(pairs), "added": a["params"] - ref["params"], "p": None, "verdict": "not significant"}
+    corrected = holm({arm: paired_p(pairs) for arm, pairs in differences.items() if len(pairs) > 1})
+    for arm, (p, level) in corrected.items():
+        a = arms[arm]
+        a["p"], a["half"] = p, mean_and_half_width(differences[arm], level)[1]
+        if abs(a["delta"]) > a["half"]:
+            a["verdict"] = "better" if a["delta"] < 0 else "worse"
     return arms
 
 
@@ -199,7 +191,7 @@ def results_table(arms):
     for name, a in arms.items():
         compared = [""] * 4
         if "delta" in a:
-            compared = [f"{a['delta']:+.4f}", "", "", "same runs" if a["same"] else "one pair"]
+            compared = [f"{a['delta']:+.4f}", "", "", "one pair"]
             if a["p"] is not None:
                 interval = f"{a['delta'] - a['half']:+.4f} … {a['delta'] + a['half']:+.4f}"
                 compared[1:] = interval, f"{a['p']:.2g}", a["verdict"]
@@ -228,16 +220,18 @@ def report_text(rows, command, bad):
     if not rows:
         return "No cell is finished yet.\n"
     arms, tuning = summarise(rows), [row for row in rows if row["use"] == "tuning"]
-    tests = max((a["tests"] for a in arms.values() if a.get("p") is not None), default=0)
-    seeds = ", ".join(sorted({str(row["seed"]) for row in tuning}))
-    tuned = ("with a fixed learning rate" if not tuning else "all at the learning rate that is best for the reference"
-             if "--tune=reference" in command else "each at its own best learning rate")
+    tests = sum(a.get("p") is not None for a in arms.values())
     lines = [f"# {rows[0]['suite']}", "", *results_table(arms), ""]
+    tuned = "with a fixed learning rate"
+    if tuning:
+        seeds = ", ".join(sorted({str(row["seed"]) for row in tuning}))
+        rate = ("all at the learning rate that is best for the reference" if "--tune=reference" in command else
+                "each at its own best learning rate")
+        tuned = f"{rate} on seeds that are not reported ({seeds})"
     if tests:
         lines.append(
-            f"Difference: an arm's validation loss (nats) minus its reference's, {tuned}"
-            f"{f' on seeds that are not reported ({seeds})' * bool(tuning)}, in pairs with the same seed and data "
-            f"order. p: paired t test, corrected by Holm for the suite's {tests} comparison{'s' * (tests > 1)}; below "
+            f"Difference: an arm's validation loss (nats) minus its reference's, {tuned}, in pairs with the same seed and "
+            f"data order. p: paired t test, corrected by Holm for the suite's {tests} comparison{'s' * (tests > 1)}; below "
             f"{LEVEL} an arm is better or worse. Interval: Student's t over the pairs, at the level at which Holm's "
             "procedure tests that arm, so it excludes 0 exactly where the verdict is better or worse.")
     if tuning:
