@@ -63,11 +63,20 @@ def check(name, value, hint):
     return hint(value)
 
 
-def _known(name, hints, where):
-    if name not in hints:
-        near = difflib.get_close_matches(name, hints, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else " --help lists them all."
-        raise ConfigError(f"{where}: there is no setting {name!r}.{hint}")
+def check_all(values, hints, where):
+    """
+    A dict of what check returns for each value. hints: {name: hint} of the settings that there are
+    Raises ConfigError, whose message begins with `where`.
+    """
+    for name in values:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "--help lists them all."
+            raise ConfigError(f"{where}: there is no setting {name!r}. {hint}")
+    try:
+        return {name: check(name, value, hints[name]) for name, value in values.items()}
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
 
 
 def read_file(path, hints):
@@ -85,17 +94,7 @@ def read_file(path, hints):
         where = f"{path}:{line}" if line else path
         raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
     values = {name: value for name, value in namespace.items() if not name.startswith("_") and not ismodule(value)}
-    for name in values:
-        _known(name, hints, path)
     return check_all(values, hints, path)
-
-
-def check_all(values, hints, where):
-    """A dict of what check returns for each value. Raises ConfigError, whose message begins with `where`."""
-    try:
-        return {name: check(name, value, hints[name]) for name, value in values.items()}
-    except ConfigError as e:
-        raise ConfigError(f"{where}: {e}") from None
 
 
 def open_file(path):
@@ -132,16 +131,15 @@ def read_json(path):
 
 
 def read_flag(arg, hints):
-    """Return (name, value) of one --key=value. Raises ConfigError."""
+    """Return one --key=value as a dict. Raises ConfigError."""
     name, equals, text = arg[2:].partition("=")
-    _known(name, hints, arg)
     if not equals:
         raise ConfigError(f"{arg}: a flag needs a value, as in {arg}=...")
     try:  # a string is taken as it was typed: a folder may be called 007
-        value = text if hints[name] is str else literal_eval(text)
+        value = text if hints.get(name) is str else literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    return name, check(name, value, hints[name])
+    return check_all({name: value}, hints, arg)
 
 
 def configure(settings_class, args):
@@ -154,8 +152,7 @@ def configure(settings_class, args):
     values, files = {}, []
     for arg in args:
         if arg.startswith("--"):
-            name, value = read_flag(arg, hints)
-            values[name] = value
+            values.update(read_flag(arg, hints))
         elif arg.startswith("-"):
             raise ConfigError(f"{arg}: flags are written --name=value")
         elif "=" in arg and not os.path.exists(arg):

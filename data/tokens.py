@@ -68,16 +68,13 @@ def split_files(folder, split):
 def open_tokens(path):
     """
     The tokens of a .bin file, (n,) uint16 with n at least 1, and the mmap that holds them. Reads only the header.
-    Raises ConfigError if the file is damaged or of another format, ConfigError if it is not a regular file.
+    Raises ConfigError if the file is damaged, of another format, or not a regular file.
     """
     path = Path(path)
     again = f"delete it and run: {rebuild_command(path.parent)}"
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        header = np.fromfile(file, "<i4", 256)
-        if len(header) < 256:
-            raise ConfigError(f"{path}: {size} bytes, too short for the header; {again}")
-        magic, version, n_tokens = (int(value) for value in header[:3])
+        magic, version, n_tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
         if (magic, version) != (MAGIC, VERSION):
             raise ConfigError(f"{path}: not a file of tokens (magic {magic}, version {version} instead of {MAGIC}, "
                               f"{VERSION}); {again}")

@@ -265,7 +265,7 @@ def patch(position, value):
 @pytest.mark.parametrize("damage, said", [
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
     (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "truncated or damaged"),
-    (lambda path: path.write_bytes(b"short"), "5 bytes, too short"),
+    (lambda path: path.write_bytes(b"short"), "not a file of tokens"),
     (patch(0, 20240801), "magic 20240801"),
     (patch(1, 2), "version 2"),
     (patch(2, -1), "header counts -1 tokens"),

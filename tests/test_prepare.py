@@ -311,7 +311,7 @@ def test_fineweb_fetches_only_what_is_missing(hub, tmp_path):
 def test_fineweb_refuses_a_damaged_shard_and_fetches_it_again_next_time(hub, tmp_path):
     name, out = "fineweb_val_000000.bin", tmp_path / "out"
     good, hub.files[name] = hub.files[name], b"<html>"
-    with refused(str(out / name), "too short for the header"):
+    with refused(str(out / name), "not a file of tokens"):
         fineweb.prepare(1, out)
     assert not (out / "meta.json").exists() and hub.asked == [name]
     hub.files[name] = good
