@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from conftest import snapshot
 from hypothesis import HealthCheck, example, given
@@ -65,25 +66,19 @@ def test_config_files(tmp_path, content):
     assert path.read_bytes() == content
 
 
-# small enough to run, any of them together: batch_tokens of 10**7 would fit, and train for an hour;
-# each list mixes what works with what cannot
-POOLS = dict(
-    arch=["llama", "gemma"], n_layer=[1, 2], n_head=[1, 2, 3], n_embd=[2, 6, 8, 12], ffn_dim=[0, 1, 7],
-    vocab_size=[1, 255, 256, 300], block_size=[1, 8, 10**7], tie_embeddings=[True, False], rope_theta=[1.0, 1e4, 1e300],
-    norm_eps=[0.0, 1e-6, 1e300], scale_vectors=[True, False], heterogeneous=[True, False],
-    placement=["input", "dual", "dual_norm", "norm"], attn_placement=["same", "dual"], qkv_norm=["head", "full"],
-    reparam=["direct", "or", "er", "product", "zero_centred"],
-    scale_decay=["input", "all", "none", "output", "all_but_head_u"],
-    optimizer=["adamw", "muon"], lr=[0.0, 1e-3, 1e30], scale_lr_mult=[0.0, 1e30], schedule=["cosine", "wsd"],
+# Every choice of the settings that have some, and values of the others that are small enough to run, any of them
+# together: batch_tokens of 10**7 would fit, and train for an hour. Each list mixes what works with what cannot.
+POOLS = {name: get_args(hint) for name, hint in get_type_hints(Settings).items() if get_origin(hint) is Literal} | dict(
+    n_layer=[1, 2], n_head=[1, 2, 3], n_embd=[2, 6, 8, 12], ffn_dim=[0, 1, 7], vocab_size=[1, 255, 256, 300],
+    block_size=[1, 8, 10**7], tie_embeddings=[True, False], rope_theta=[1.0, 1e4, 1e300], norm_eps=[0.0, 1e-6, 1e300],
+    scale_vectors=[True, False], heterogeneous=[True, False], lr=[0.0, 1e-3, 1e30], scale_lr_mult=[0.0, 1e30],
     min_lr_frac=[0.0, 1.0], warmup_steps=[0, 1, 10**9], decay_frac=[0.0, 1.0], weight_decay=[0.0, 1e30],
     beta1=[0.0, 0.9], beta2=[0.0, 0.95], grad_clip=[0.0, 1.0], batch_tokens=[1, 8, 16, 24, 10**7 + 1],
     micro_batch=[1, 2, 10**6], max_steps=[1, 3], eval_interval=[1, 10**9], eval_tokens=[0, 64], log_interval=[1, 2],
     save_interval=[1, 2], seed=[0, 2**32 - 1], sample_tokens=[0, 9], device=["cpu", "gpu", "meta", "cuda:99", ""],
     dataset=["CORPUS", "nothing", "", "./", "/"], out_dir=["RUN", "RUN/a/b", "FILE", "FILE/a", "n" * 300],
-    dtype=["auto", "float32", "bfloat16"], shard_optimizer=[True, False],
-    n_experts=[0, 1, 4], experts_per_token=[1, 2, 9], shared_dim=[0, 8], expert_dim=[0, 3, 8],
-    router=["softmax", "softmax_all", "sigmoid"], router_aux=[0.0, 1e30], router_z=[0.0, 1e30], router_bias=[0.0, 1e30],
-    expert_scales=["shared", "own"])
+    shard_optimizer=[True, False], n_experts=[0, 1, 4], experts_per_token=[1, 2, 9], shared_dim=[0, 8],
+    expert_dim=[0, 3, 8], router_aux=[0.0, 1e30], router_z=[0.0, 1e30], router_bias=[0.0, 1e30], compile=[False])
 
 
 @quick(40)

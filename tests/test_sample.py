@@ -1,17 +1,16 @@
 """sample.py, and generation with the KV cache: the same tokens as without it, from a run and from its export."""
 
 import json
-import os
 import sys
 
 import pytest
 import torch
+from conftest import refused
 from test_export import TINY, config_args, export_to, save_run, shaken
 
 import sample
-from configurator import ConfigError
 from data.tokens import load_tokenizer
-from model import GPT, KVCache
+from model import GPT
 from settings import GPTConfig, gpt_config
 
 SHAPE = dict(n_layer=2, n_embd=32, n_head=4, ffn_dim=40, block_size=16, vocab_size=64)
@@ -66,18 +65,6 @@ def test_sampling_with_the_cache_draws_the_same_tokens():
     assert torch.equal(torch.cat(list(cached), dim=1), without)
 
 
-def test_cached_logits_are_those_of_the_whole_sequence():
-    model = shaken(GPTConfig(**{**SHAPE, "n_kv_head": 2}))
-    idx = prompt(2, 12)
-    caches = [KVCache(model.config, 2, idx.device) for _ in model.blocks]
-    with torch.no_grad():
-        whole = model(idx)[0]
-        parts = [model(idx[:, :5], caches=caches)[0]] + [model(idx[:, i:i + 1], caches=caches)[0] for i in range(5, 12)]
-    assert (torch.cat(parts, dim=1) - whole[:, 4:]).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="do not fit"):
-        model(idx[:, :5], caches=caches)
-
-
 def test_generating_leaves_the_model_as_it_was():
     model = shaken(GPTConfig(**SHAPE))
     steps = model.generate(prompt(1, 3), 5)
@@ -91,8 +78,12 @@ def test_generating_leaves_the_model_as_it_was():
     assert torch.equal(model(prompt(1, 3))[0], fresh(prompt(1, 3))[0])
 
 
-def text_of(args, capsys):
+def run(*args):
     sample.main(sample.arguments([str(arg) for arg in args]))
+
+
+def text_of(args, capsys):
+    run(*args)
     return capsys.readouterr().out
 
 
@@ -130,15 +121,12 @@ def test_wrong_usage_is_one_line(tmp_path):
                           ((tmp_path / "run", "--prompt_file", tmp_path / "run" / "ckpt.pt"), "is not a text in UTF-8"),
                           ((tmp_path / "run", "--prompt_file", "/dev/zero"), "not a regular file"),
                           ((tmp_path / "run", "--device", "abacus"), "device must be")]:
-        with pytest.raises(ConfigError, match=message) as e:
-            sample.main(sample.arguments([str(arg) for arg in args]))
-        assert "\n" not in str(e.value)
-    with pytest.raises(SystemExit):
-        sample.arguments(["x", "--prompt", "a", "--prompt_file", "b"])
-    for flag, value in [("num_samples", 0), ("temperature", 1e-45), ("temperature", "nan"), ("temperature", 1e39),
-                        ("seed", 10**20)]:
+        with refused(message):
+            run(*args)
+    for flags in (["--prompt=a", "--prompt_file=b"], ["--num_samples=0"], ["--temperature=1e-45"],
+                  ["--temperature=nan"], ["--temperature=1e39"], [f"--seed={10**20}"]):
         with pytest.raises(SystemExit):
-            sample.arguments(["x", f"--{flag}={value}"])
+            sample.arguments(["x", *flags])
     sample.arguments(["x", "--temperature=0", f"--seed={2**63 - 1}"])
 
 
@@ -152,8 +140,8 @@ def test_a_model_of_nans_is_said_to_be_one(tmp_path, monkeypatch):
     save_run(tmp_path / "run", TINY)
     monkeypatch.setattr("hf.gpt_config", lambda s: GPTConfig(**{**vars(gpt_config(s)), "norm_eps": float("nan")}))
     for temperature in ("0", "1"):
-        with pytest.raises(ConfigError, match="run: its logits are not finite: "):
-            sample.main(sample.arguments([str(tmp_path / "run"), "--device", "cpu", "--temperature", temperature]))
+        with refused("run: its logits are not finite: "):
+            run(tmp_path / "run", "--device", "cpu", "--temperature", temperature)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -194,33 +182,30 @@ def test_words_keep_the_space_between_them(tmp_path):
     assert encode("def main") == [1, 2] and encode("") == [] and decode([1, 2, 4, 3, 2]) == "def main x() main"
 
 
-def test_a_foreign_folder_without_a_tokenizer_is_refused_in_one_line(llama, monkeypatch):
-    def refused(message, *flags):
-        with pytest.raises(ConfigError, match=message) as e:
-            sample.main(sample.arguments([str(llama / "theirs"), "--device", "cpu", *flags]))
-        assert "\n" not in str(e.value)
-
-    path = llama / "theirs" / "tokenizer.json"
-    refused("begins a document with nothing; give it a --prompt")
+def test_a_tokenizer_that_does_not_fit_or_cannot_be_read_is_refused(llama, monkeypatch):
+    theirs, path = (llama / "theirs", "--device", "cpu"), llama / "theirs" / "tokenizer.json"
+    with refused("begins a document with nothing; give it a --prompt"):
+        run(*theirs)
     told = json.loads(path.read_text())
     told["model"]["vocab"]["a"], told["model"]["vocab"]["<unused256>"] = 256, 97
     path.write_text(json.dumps(told))
-    refused("knows token 256, and the model 256", "--prompt=a")
+    with refused("knows token 256, and the model 256"):
+        run(*theirs, "--prompt=a")
     path.write_text("{")
-    refused("tokenizer.json cannot be read")
-    with monkeypatch.context() as patch:
+    with refused("tokenizer.json cannot be read"):
+        run(*theirs)
+    with monkeypatch.context() as patch, refused("pip install tokenizers"):
         patch.setitem(sys.modules, "tokenizers", None)
-        refused("pip install tokenizers")
+        run(*theirs)
     path.unlink()
-    refused("its tokenizer is unknown")
-    os.mkfifo(path)
-    refused("not a regular file")
-    path.unlink()
+    with refused("its tokenizer is unknown"):
+        run(*theirs)
     path.symlink_to("/dev/zero")
-    refused("not a regular file")
+    with refused("not a regular file"):
+        run(*theirs)
 
 
 def test_a_run_on_data_without_meta_json_is_said_to_have_no_known_tokenizer(tmp_path):
     save_run(tmp_path / "run", TINY, tokenizer=None)
-    with pytest.raises(ConfigError, match="tokenizer is unknown.*no meta.json; put a tokenizer.json there"):
-        sample.main(sample.arguments([str(tmp_path / "run"), "--device", "cpu"]))
+    with refused("its tokenizer is unknown", "no meta.json; put a tokenizer.json there"):
+        run(tmp_path / "run", "--device", "cpu")
