@@ -56,7 +56,7 @@ class RunLog:
 
     def __init__(self, s, out, step, counts, device, world):
         self.wandb = start_wandb(s, out) if s.wandb else None  # first, since it may be refused
-        if s.overwrite and (out / "config.json").exists():
+        if not s.resume and (out / "config.json").exists():
             set_aside(out)  # only now, when the new run can begin
         describe_run(s, out, step, {"device": device_name(device), "processes": world, **counts})
         self.s, self.first_step, self.logged = s, step, 0
@@ -114,13 +114,11 @@ def describe_run(s, out, step, facts):
     """Write config.json: the settings, versions and facts, and the commit of the start and of each resumption."""
     commit, resumed = git_commit(), []
     if step:
-        if missing := [name for name in ("config.json", "log.csv", "scales.csv") if not (out / name).exists()]:
-            print(f"{' and '.join(missing)} of the first {step} steps are missing from {s.out_dir}")
-        before = read_json(out / "config.json") if "config.json" not in missing else {}
-        resumed = before["resumed"] if isinstance(before.get("resumed"), list) else []
-        last = resumed[-1] if resumed and isinstance(resumed[-1], dict) else before
-        if last.get("git_commit", commit) != commit:
-            print(f"the code has changed since step {step}: it was {last['git_commit']}, and is {commit}")
+        before = read_json(out / "config.json") if (out / "config.json").exists() else {}
+        resumed = before.get("resumed", [])
+        last = [before, *resumed][-1].get("git_commit", commit)
+        if last != commit:
+            print(f"the code has changed since step {step}: it was {last}, and is {commit}")
         resumed.append({"step": step, "git_commit": commit})
         commit = before.get("git_commit", "unknown")
     write_whole(out / "config.json", json.dumps({"settings": asdict(s), "versions": versions(), "git_commit": commit,

@@ -120,37 +120,30 @@ def check_settings(saved, path):
     return check_all({name: value for name, value in saved.items() if name in hints}, hints, path)
 
 
-def claim_out_dir(s, completed=False):
-    """
-    Refuse an out_dir that cannot be used, or that holds a run which s neither resumes nor overwrites. Sets s.resume to
-    True or False if it is 'auto'. Raises ConfigError.
+FILES = ("ckpt.pt", "log.csv", "scales.csv", "experts.csv", "config.json")
 
-    completed: whether data and --init_from have filled in s, as they had when a run on disk saved its settings.
+
+def claim_out_dir(s):
+    """
+    Refuse an out_dir that holds a run which s neither resumes nor overwrites. Sets s.resume to True or False if it is
+    'auto'. Raises ConfigError.
     """
     out = Path(os.path.realpath(s.out_dir))
-    ckpt, config = out / "ckpt.pt", out / "config.json"
+    there = [name for name in FILES if os.path.exists(out / name)]
     if s.resume and s.overwrite:
         raise ConfigError(f"--overwrite=True starts over and --resume={s.resume} goes on: choose one")
-    try:
-        nearest = next(path for path in (out, *out.parents) if path.exists() or path.is_symlink())  # in a circle
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise ConfigError(f"out_dir {out} cannot be made: {nearest} is not a folder that you can write to")
-        s.resume = ckpt.exists() if s.resume == "auto" else s.resume
-    except OSError as e:
-        raise ConfigError(f"out_dir {out} cannot be used: {e.strerror}") from None
+    if s.resume == "auto":
+        s.resume = "ckpt.pt" in there
     if s.resume:
-        if not ckpt.exists():
-            raise ConfigError(f"nothing to resume: there is no {ckpt}. Start the run without --resume=True")
-    elif config.exists():
-        saved = check_settings(read_json(config).get("settings"), config)
-        if not s.overwrite and ckpt.exists():
+        if "ckpt.pt" not in there:
+            raise ConfigError(f"nothing to resume: there is no {out}/ckpt.pt. Start the run without --resume=True")
+    elif "config.json" in there:
+        check_settings(read_json(out / "config.json").get("settings"), out / "config.json")
+        if "ckpt.pt" in there and not s.overwrite:
             raise ConfigError(f"{out} holds a run already: go on with --resume=True, start over with "
                               f"--overwrite=True, or name another --out_dir")
-        if not s.overwrite and completed and (changed := differing(saved, s)):
-            raise ConfigError(f"{out} holds a run with other settings: {changed}. Name another --out_dir, or start "
-                              f"over with --overwrite=True")
-    elif foreign := [f for f in (ckpt, out / "log.csv", out / "scales.csv", out / "experts.csv") if f.exists()]:
-        raise ConfigError(f"{foreign[0]} is there without a config.json; name another --out_dir")
+    elif there:
+        raise ConfigError(f"{out}/{there[0]} is there without a config.json; name another --out_dir")
 
 
 def lock(folder, name="train.lock"):
@@ -166,7 +159,7 @@ def lock(folder, name="train.lock"):
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ConfigError(f"{folder} is in use by {holder}: wait for it, or name another --out_dir") from None
+        raise ConfigError(f"{folder} is in use by {holder}: wait for it, or stop it") from None
     except OSError:
         pass  # a file system without locks
     file.truncate(0)
@@ -177,30 +170,35 @@ def lock(folder, name="train.lock"):
 
 @contextmanager
 def run_folder(s, master=True):
-    """out_dir, made and locked, for a run to write to. Raises ConfigError where another process writes there."""
+    """
+    out_dir, made and locked, for a run to write to. Raises ConfigError where that cannot be, or another process writes
+    there.
+    """
     out = Path(os.path.realpath(s.out_dir))
     if not master:  # only the master writes
         yield out
         return
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    with lock(out):
-        claim_out_dir(s, completed=True)  # again: until now another run may have been here
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = lock(out)
+    except OSError as e:
+        raise ConfigError(f"out_dir {out} cannot be used: {e.strerror}") from None
+    with held:
+        claim_out_dir(s)  # again: until now another run may have been here
         try:
             yield out
         finally:
-            if new and os.listdir(out) == ["train.lock"]:  # it failed before its first file
+            if os.listdir(out) == ["train.lock"]:  # it failed before its first file
                 shutil.rmtree(out, ignore_errors=True)
 
 
 def set_aside(out):
-    """Move what is in a run's folder to a new one next to it, out.1 say: --overwrite=True loses nothing."""
+    """Move the files of an older run to a new folder next to out, out.1 say, so that a new run overwrites nothing."""
     old = next(path for n in count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
     old.mkdir()
-    stays = {"train.lock", "wandb"}  # both are in use
-    # config.json last, so that after a kill in between this is still a run's folder
-    for name in sorted(set(os.listdir(out)) - stays, key=lambda name: name == "config.json"):
-        os.rename(out / name, old / name)
+    for name in FILES:  # config.json is the last, so that after a kill in between this is still a run's folder
+        if (out / name).exists():
+            os.rename(out / name, old / name)
     print(f"{out} held a run, which is now in {old}")
 
 
@@ -236,18 +234,14 @@ class CSVLog:
 
 def save_checkpoint(path, model, optimizers, step, s, tokenizer, fingerprint, scaler=None):
     """
-    Write a checkpoint, so that once there is one, there always is a complete one. scaler: the fp16 scaler's numbers, by
-    name. Raises OSError.
+    Write a checkpoint; until it is complete, the one before it stays. scaler: the fp16 scaler's numbers, by name.
+    Raises OSError.
     """
     ckpt = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
             "settings": asdict(s), "tokenizer": tokenizer, "data": fingerprint, "rng": torch.get_rng_state(),
             "scaler": scaler or {}, "versions": versions()}
     with replacing(path, "wb") as f:
         torch.save(ckpt, f)
-    with suppress(PermissionError):  # Windows opens no folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # which holds the rename
-        os.close(folder)
 
 
 def load_checkpoint(path):
@@ -259,23 +253,19 @@ def load_checkpoint(path):
     """
     try:
         with open_file(path) as f, zipfile.ZipFile(f) as archive:
-            damaged = archive.testzip()
+            if archive.testzip():
+                raise ConfigError(f"{path} is damaged: its checksum does not fit. Start again in another --out_dir")
         utf8 = os.fsencode(path) == str(path).encode(errors="replace")  # torch maps no file with another name
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=utf8)
-        # building more layers than the file has tensors could take all memory
-        kinds = [type(ckpt[name]) for name in ("step", "data", "optimizers", "tokenizer")]
-        if (kinds[:3] != [int, dict, list] or kinds[3] not in (str, type(None))
-                or check_settings(ckpt["settings"], path).get("n_layer", 1) > len(ckpt["model"].keys())):
-            raise TypeError
-        [each.items() for optimizer in ckpt["optimizers"] for each in optimizer["state"].values()]
-        [float(number) for number in ckpt.setdefault("scaler", {}).values()]
+        kinds = {"model": dict, "optimizers": list, "step": int, "data": dict, "scaler": dict}
+        if not all(isinstance(ckpt[name], kind) for name, kind in kinds.items()):
+            raise TypeError("of another program")
+        check_settings(ckpt["settings"], path)
     except ConfigError:
         raise
     except Exception as e:  # zipfile, pickle and torch raise errors of many kinds
         raise ConfigError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is cut off or not ours. "
                           f"Start again in another --out_dir") from None
-    if damaged:
-        raise ConfigError(f"{path} is damaged: its checksum does not fit. Start again in another --out_dir")
     return ckpt
 
 
@@ -284,10 +274,11 @@ def check_tensors(found, wanted, path):
     Raise ConfigError unless `found`, a dict from a file, has tensors with the names, shapes and dtypes of those in
     `wanted`. Kernels rely on it: they would write past the end of a tensor that is too short.
     """
+    def kind(tensor):
+        return f"{list(tensor.shape)} in {tensor.dtype}" if isinstance(tensor, torch.Tensor) else "no tensor"
+
     for name in {**wanted, **found}:
-        pair = found.get(name), wanted.get(name)
-        if not (all(isinstance(t, torch.Tensor) for t in pair) and pair[0].layout == torch.strided
-                and (pair[0].shape, pair[0].dtype) == (pair[1].shape, pair[1].dtype)):
-            said = [f"{list(t.shape)} in {t.dtype}" if isinstance(t, torch.Tensor) else "no tensor" for t in pair]
-            raise ConfigError(f"{path}: {name} is {said[0]}, and the run has {said[1]}. The file is from another "
-                              f"version of nanoScale, or not ours")
+        theirs, ours = kind(found.get(name)), kind(wanted.get(name))
+        if theirs != ours:
+            raise ConfigError(f"{path}: {name} is {theirs}, and the run has {ours}. The file is from another version "
+                              f"of nanoScale, or not ours")

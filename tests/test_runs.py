@@ -17,7 +17,6 @@ import runs
 import train
 from configurator import ConfigError
 from hf import take_shape
-from optim import expected_state
 from runs import CSVLog, check_tensors, load_checkpoint, lock, run_folder, write_whole
 from settings import Settings
 from train import main
@@ -55,30 +54,22 @@ def test_training_works_on_a_file_system_without_locks(settings, monkeypatch):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr(runs, "fcntl", types.SimpleNamespace(flock=refused, LOCK_EX=0, LOCK_NB=0))
     main(settings())
-    # Windows has no fcntl, and opens no folders
-    monkeypatch.setattr(runs, "fcntl", None)
-    real = os.open
-
-    def no_folders(path, *args, **kw):
-        if os.path.isdir(path):
-            raise PermissionError(13, "Permission denied", path)
-        return real(path, *args, **kw)
-    monkeypatch.setattr(os, "open", no_folders)
-    main(settings(resume=True, max_steps=9))
+    monkeypatch.setattr(runs, "fcntl", None)  # as on Windows
     main(settings(overwrite=True))
 
 
 # --overwrite=True
 
 def test_overwrite_moves_the_old_run_and_starts_over(settings, finished, tmp_path, capsys):
-    (finished / "notes.txt").write_text("mine")
     before = {path.name: content for path, content in snapshot(finished).items() if path.name != "train.lock"}
+    (finished / "notes.txt").write_text("mine")
     for old in ("run.1", "run.2"):
         main(settings(overwrite=True, lr=0.01))
         assert f"{finished} held a run, which is now in {tmp_path / old}\n" in capsys.readouterr().out
     assert {path.name: content for path, content in snapshot(tmp_path / "run.1").items()} == before
     assert load_checkpoint(finished / "ckpt.pt")["settings"]["lr"] == 0.01
     main(settings(resume=True, lr=0.01, max_steps=10))
+    assert (finished / "notes.txt").read_text() == "mine"
 
 
 def test_overwrite_killed_between_two_files_loses_none_and_can_be_repeated(settings, finished, tmp_path, monkeypatch):
@@ -111,16 +102,18 @@ def test_symlinks_in_a_circle_are_refused(settings, tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "run")
     for name in ("run", "run/below"):
-        with pytest.raises(ConfigError, match="out_dir .* cannot be"):
-            runs.claim_out_dir(settings(out_dir=str(tmp_path / name)))
+        with pytest.raises(ConfigError, match="out_dir .* cannot be used"):
+            main(settings(out_dir=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o200, 0o500])
 @pytest.mark.parametrize("name", ["closed", "closed/run", "closed/a/run"])
 def test_a_folder_without_permission_is_named(settings, nobody, name, mode):
     (nobody / "closed").mkdir(mode=mode)
-    with pytest.raises(ConfigError, match=f"{nobody}/{name} cannot be (made: {nobody}/closed|used: Permission)"):
-        runs.claim_out_dir(settings(out_dir=str(nobody / name)))
+    s = settings(out_dir=str(nobody / name))
+    runs.claim_out_dir(s)  # which looks, and does not write
+    with pytest.raises(ConfigError, match=f"{nobody}/{name} cannot be used: Permission denied"), run_folder(s):
+        pass
     (nobody / "closed").chmod(0o700)
 
 
@@ -149,12 +142,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(settings
         m.setattr(train, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             main(settings(resume="auto", **kw))
-    assert Path(settings().out_dir, "config.json").exists()
-    with pytest.raises(ConfigError, match="run with other settings: lr .* .here 0.01."):
-        main(settings(resume="auto", lr=0.01, **kw))
+    assert (tmp_path / "run" / "config.json").exists()
     for max_steps in (8, 10):
         main(settings(resume="auto", **kw, max_steps=max_steps))
-    assert load_checkpoint(Path(settings().out_dir) / "ckpt.pt")["step"] == 10
+    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 10
+    assert {path.name for path in snapshot(tmp_path / "run.1")} == {"config.json", "log.csv", "scales.csv"}
 
 
 # the commit
@@ -203,18 +195,6 @@ def test_an_unknown_commit_says_why(checkout, tmp_path, monkeypatch):
     assert re.match("unknown: .*timed out after 10 seconds", runs.git_commit())
 
 
-def test_code_that_does_not_parse_has_a_hash(tmp_path, monkeypatch):
-    for name in runs.CODE:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
-    hashes = [runs.code_hash()]
-    for text in ("x = (\n", "def f():\nx = 1\n", 'x = """\n'):
-        (tmp_path / "train.py").write_text(text)
-        hashes.append(runs.code_hash())
-    assert len(set(hashes)) == 4
-
-
 # logs
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
@@ -254,12 +234,12 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_no_tmp(tmp_path, monk
 
 # what is read
 
-def test_tensors_are_checked_by_name_shape_dtype_and_layout():
+def test_tensors_are_checked_by_name_shape_and_dtype():
     wanted = {"a": torch.empty(2, 3, device="meta")}
     check_tensors({"a": torch.zeros(2, 3)}, wanted, "file")
-    for found in ({}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 3).double()}, {"a": torch.zeros(2, 3).to_sparse()},
-                  {"a": [[0, 0, 0]] * 2}, {"a": None}, {"a": torch.zeros(2, 3), "b": torch.zeros(1)}, {1: None}):
-        with pytest.raises(ConfigError, match="^file: (a|b|1) is .*, and the run has"):
+    for found in ({}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 3).double()},
+                  {"a": [[0, 0, 0]] * 2}, {"a": torch.zeros(2, 3), "b": torch.zeros(1)}):
+        with pytest.raises(ConfigError, match="^file: (a|b) is .*, and the run has"):
             check_tensors(found, wanted, "file")
 
 
@@ -280,16 +260,10 @@ def first(ckpt):
     (lambda c: c["model"].update(wte=torch.zeros(3, 16)), r"wte is \[3, 16\] .*the run has \[256, 16\]"),
     (lambda c: c.update(rng=[]), "rng is no tensor"),
     (lambda c: c.update(model=[[[]]]), "not ours"),
-    (lambda c: c.update(optimizers=[[]]), "not ours"),
-    (lambda c: c.update(optimizers=[{"state": {0: []}}]), "not ours"),
-    (lambda c: c.update(step="4"), "not ours"),
+    (lambda c: c.pop("step"), "not ours"),
     (lambda c: c.update(settings=[]), "not a run's"),
     (lambda c: c["settings"].update(n_layer=1e9), "n_layer must be an int"),
     (lambda c: c["settings"].update(n_layer=10 ** 9), "n_layer must be at most 10000"),
-    (lambda c: c["settings"].update(n_layer=9999), "not ours"),
-    (lambda c: c["settings"].update(lr=[[]]), "lr must be a float"),
-    (lambda c: c.update(scaler=5), "not ours"),
-    (lambda c: c.update(scaler={"scale": "large"}), "not ours"),
 ])
 def test_a_checkpoint_is_checked_before_anything_is_made_of_it(settings, finished, edit, message):
     change(Path(settings().out_dir) / "ckpt.pt", edit)
@@ -299,46 +273,15 @@ def test_a_checkpoint_is_checked_before_anything_is_made_of_it(settings, finishe
     assert snapshot(settings().out_dir) == before
 
 
-def test_hyperparameters_come_from_the_settings_not_the_checkpoint(settings, finished):
-    """A checkpoint cannot make AdamW maximise."""
-    reference = settings(max_steps=10)
-    path = Path(reference.out_dir) / "ckpt.pt"
-    content = path.read_bytes()
-    losses = []
-    for edit in (lambda c: None, lambda c: c["optimizers"][0]["param_groups"][0].update(maximize=True, eps=1.0)):
-        path.write_bytes(content)
-        change(path, edit)
-        main(settings(resume=True, max_steps=10))
-        losses.append(load_checkpoint(path)["model"]["wte"].clone())  # not a view of the file, which changes
-    assert torch.equal(*losses)
-
-
-@pytest.mark.parametrize("kw", [dict(), dict(optimizer="muon"), dict(optimizer="muon", n_experts=2)], ids=str)
-def test_expected_state_is_what_a_step_leaves(settings, kw):
-    s = settings(**kw)
-    main(s)
-    _, optimizers = train.make_model(s, train.gpt_config(s), torch.device("cpu"), False)
-    for saved, optimizer in zip(load_checkpoint(Path(s.out_dir) / "ckpt.pt")["optimizers"], optimizers, strict=True):
-        wanted = expected_state(optimizer)
-        assert saved["state"].keys() == wanted.keys()
-        for i in wanted:
-            check_tensors(saved["state"][i], wanted[i], "")
-
-
-def test_a_resumed_run_reports_changed_code_and_missing_logs(settings, monkeypatch, capsys):
-    """Other code, or a log that is gone: both commits stay in config.json."""
+def test_a_resumed_run_reports_changed_code_and_both_commits_stay_in_config_json(settings, monkeypatch, capsys):
     monkeypatch.setattr(runlog, "git_commit", lambda: "first")
     main(settings())
-    folder = Path(settings().out_dir)
     monkeypatch.setattr(runlog, "git_commit", lambda: "second")
-    (folder / "log.csv").unlink()
-    capsys.readouterr()
     main(settings(resume=True, max_steps=10))
-    said = capsys.readouterr().out
-    assert "log.csv of the first 8 steps are missing" in said and "it was first, and is second" in said
+    assert "it was first, and is second" in capsys.readouterr().out
     main(settings(resume=True, max_steps=12))
     assert "has changed" not in capsys.readouterr().out
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads(Path(settings().out_dir, "config.json").read_text())
     assert config["git_commit"] == "first"
     assert config["resumed"] == [{"step": step, "git_commit": "second"} for step in (8, 10)]
 

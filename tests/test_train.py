@@ -284,7 +284,7 @@ def test_foreign_folders_are_not_touched(settings, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "config.json").write_text("{}")
     before = snapshot(tmp_path)
-    for name, message in (("file", "file is not a folder"), ("a", "without a config.json"), ("b", "is not a run's")):
+    for name, message in (("file", "used: File exists"), ("a", "without a config.json"), ("b", "is not a run's")):
         with pytest.raises(ConfigError, match=message):
             main(settings(out_dir=str(tmp_path / name)))
     assert snapshot(tmp_path) == before
