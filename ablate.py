@@ -75,8 +75,8 @@ def at_size(size, arms, opt, suite):
     parameter, or as many as follow the size's @. figure7 has the paper's mixture: 32 experts of int(2d/3), 4 per token,
     and a shared one of int(8d/3). Raises ConfigError.
     """
-    shape, own, budget = size.partition("@")
-    if own and not budget.isdecimal():
+    shape, at, budget = size.partition("@")
+    if at and not budget.isdecimal():
         raise ConfigError(f"--sizes: {size}: after the @ comes a number of tokens, as in 2@100")
     label, words = readable(Path(shape).stem), [shape]
     if shape.isdecimal() and 0 < len(shape) < 4:
@@ -89,8 +89,8 @@ def at_size(size, arms, opt, suite):
     tokens = int(budget or opt.tokens_per_param) * meta_model(s).counts()["active_params"]
     steps = max(1, round(tokens / s.batch_tokens))
     words += [f"--max_steps={steps}", f"--warmup_steps={min(s.warmup_steps, steps // 10)}"]
-    at = f"at {label}" + (f", {budget} tokens per parameter" if own else "")  # stats.py fits those without a comma
-    return [Arm(f"{a.name} {at}", a.words + words, a.reference and f"{a.reference} {at}") for a in arms]
+    label += f", {budget} tokens per parameter" if budget else ""  # stats.py fits those without a comma
+    return [Arm(f"{a.name} at {label}", a.words + words, a.reference and f"{a.reference} at {label}") for a in arms]
 
 
 def meta_model(s):
@@ -274,47 +274,40 @@ class Suite:
 
     def plan(self):
         """
-        (cells, FLOPs, {arm: why}): the cells that the suite needs by what is known now, what comes on top once all
-        rates are known, and the arms for which the grid has no best rate. Tuning comes first, then one reported seed
-        after the other.
+        (cells, {arm: why}): the suite's cells, and the arms for which the grid has no best rate. Tuning comes first,
+        then one reported seed after the other, whose rate is nan until the tuning is finished.
         """
-        opt, cells, bad, later = self.opt, [], {}, 0.0
-        tuned = list(dict.fromkeys(cell.tuned_as for cell in self.arms.values()))
-        rates = {name: opt.lrs[0] if opt.lrs else self.arms[name].settings.lr for name in tuned}
-        for name in tuned if opt.lrs[1:] else ():
-            grid = {lr: [self.arms[name].at(lr, seed) for seed in opt.tune_seeds] for lr in opt.lrs}
+        opt, cells, rates, bad = self.opt, [], {}, {}
+        for name in dict.fromkeys(cell.tuned_as for cell in self.arms.values()):
+            arm = self.arms[name]
+            rates[name] = opt.lrs[0] if opt.lrs else arm.settings.lr
+            if len(opt.lrs) < 2:
+                continue
+            grid = {lr: [arm.at(lr, seed) for seed in opt.tune_seeds] for lr in opt.lrs}
             cells += [cell for row in grid.values() for cell in row]
             losses = {lr: [self.loss(cell) for cell in row] for lr, row in grid.items()}
-            rates[name] = None
             if any(None in row for row in losses.values()):
+                rates[name] = math.nan
                 continue
-            best = min(opt.lrs, key=lambda lr: statistics.mean(losses[lr]))
+            best = rates[name] = min(opt.lrs, key=lambda lr: statistics.mean(losses[lr]))
             if math.inf in losses[best]:
                 bad[name] = "it diverged at every rate"
             elif best in (opt.lrs[0], opt.lrs[-1]):
                 bad[name] = (f"the best rate, {best:g}, is at the end of the grid: add a "
                              f"{'lower' if best == opt.lrs[0] else 'higher'} one to --lrs")
-            else:
-                rates[name] = best
         for seed in opt.seeds:
-            for cell in self.arms.values():
-                if (lr := rates[cell.tuned_as]) is not None:
-                    cells.append(cell.at(lr, seed))
-                elif cell.tuned_as not in bad:
-                    later += cell.flops
-        return cells, later, bad
+            cells += [cell.at(rates[cell.tuned_as], seed) for cell in self.arms.values() if cell.tuned_as not in bad]
+        return cells, bad
 
     def progress(self):
-        """(the cells to run, each once; 'finished/all', with a plus where more will come; FLOPs to go)."""
-        cells, later, _ = self.plan()
-        distinct = {cell.folder: cell for cell in cells}.values()
-        left = [cell for cell in distinct if self.loss(cell) is None]
-        count = f"{len(distinct) - len(left)}/{len(distinct)}{'+' if later else ''}"
-        return left, count, later + sum(cell.flops for cell in left)
+        """(the cells that are left, each once; 'finished/all'; FLOPs to go)."""
+        cells = {cell.folder: cell for cell in self.plan()[0]}.values()
+        left = [cell for cell in cells if self.loss(cell) is None]
+        return left, f"{len(cells) - len(left)}/{len(cells)}", sum(cell.flops for cell in left)
 
     def write(self):
         """Write results.csv, results.md and the reported cells' logs into out. Returns (the text, the bad arms)."""
-        cells, _, bad = self.plan()
+        cells, bad = self.plan()
         rows, logs = [], {"curves": {}, "scales": {}}
         for cell in cells:
             if known := self.outcome(cell):
@@ -341,15 +334,15 @@ class Runner:
         self.running = {}  # {slot: (cell, process, when it started)}, a slot for each of `jobs`
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.gpus = names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.threads = max(1, cpus // (self.opt.jobs * self.opt.nproc))
+        self.threads = max(1, torch.get_num_threads() // (self.opt.jobs * self.opt.nproc))
         self.started, self.done = time.monotonic(), 0.0  # FLOPs since then
 
     def fill(self):
         """Start a cell in each free slot, unless a signal came or the code is not what it was."""
         for slot in set(range(self.opt.jobs)) - self.running.keys():
             taken = {cell.folder for cell, *_ in self.running.values()} | self.failed.keys()
-            cell = next((cell for cell in self.suite.progress()[0] if cell.folder not in taken), None)
+            cell = next((cell for cell in self.suite.progress()[0]
+                         if cell.folder not in taken and not math.isnan(cell.settings.lr)), None)
             self.edited = self.edited or cell is not None and code_hash() != self.suite.code
             if cell is None or self.edited or self.signals:
                 return
@@ -416,7 +409,8 @@ def main(args):
     suite = Suite(args)
     if suite.opt.dry_run:
         for cell in suite.plan()[0]:
-            print(f"{cell.arm.name:<32} lr {cell.settings.lr:<8g} seed {cell.settings.seed:<4} "
+            lr = "not tuned" if math.isnan(cell.settings.lr) else f"{cell.settings.lr:g}"
+            print(f"{cell.arm.name:<32} lr {lr:<10} seed {cell.settings.seed:<4} "
                   f"{'to run' if suite.loss(cell) is None else 'finished'}")
     _, count, to_go = suite.progress()
     print(f"{count} different cells finished, {to_go:.3g} FLOPs to go")
@@ -424,12 +418,8 @@ def main(args):
         return 0
     for folder in (suite.out, CELLS):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = lock(CELLS, "ablate.lock")
-    except ConfigError as e:
-        raise ConfigError(str(e).partition(", or name another")[0]) from None  # there is no other
     runner = Runner(suite)
-    with held:
+    with lock(CELLS, "ablate.lock"):
         runner.run()
         text, bad = suite.write()
     print("\n" + text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_type_hints
 
-from configurator import ConfigError, Count, check, configure
+from configurator import ConfigError, Count, check, configure, read_flag
 from settings import Settings
 
 CONFIGS = Path(__file__).resolve().parent / "config"
@@ -144,11 +144,12 @@ def named_arms(suite, base):
 
 def check_base(base, arms):
     """Raise ConfigError where an arm's own words, which come after those of base, undo a flag of base."""
-    told, _ = configure(Settings, base)
-    names = {arg[2:].partition("=")[0] for arg in base if arg.startswith("--")} - {"warmup_steps"}  # a size shortens it
+    hints = get_type_hints(Settings, include_extras=True)
+    flags = dict(read_flag(arg, hints) for arg in base if arg.startswith("--"))
+    flags.pop("warmup_steps", None)  # a size shortens it
     for arm in arms:
-        own, _ = configure(Settings, arm.words)
-        for name in sorted(names):
-            if getattr(own, name) != getattr(told, name):
-                raise ConfigError(f"--{name}={getattr(told, name)} cannot hold for every cell: {arm.name} has {name} "
-                                  f"{getattr(own, name)!r}. Leave it out, or compare strategy files without it")
+        s, _ = configure(Settings, arm.words)
+        for name, value in sorted(flags.items()):
+            if getattr(s, name) != value:
+                raise ConfigError(f"--{name}={value} cannot hold for every cell: {arm.name} has {name} "
+                                  f"{getattr(s, name)!r}. Leave it out, or compare strategy files without it")
