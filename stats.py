@@ -233,8 +233,8 @@ def report_text(rows, command, bad):
             f"Difference: an arm's validation loss (nats) minus its reference's, {tuned}, in pairs with the same seed "
             f"and data order. p: paired t test, corrected by Holm for the suite's {tests} "
             f"comparison{'s' * (tests > 1)}; below {LEVEL} an arm is better or worse. Interval: Student's t over the "
-            "pairs, at the level at which Holm's procedure tests that arm, so it excludes 0 exactly where the verdict is "
-            "better or worse.")
+            "pairs, at the level at which Holm's procedure tests that arm, so it excludes 0 exactly where the verdict "
+            "is better or worse.")
     if tuning:
         lines += ["", "Tuning: mean loss over the tuning seeds, the best in bold.", "", *tuning_table(tuning)]
     lines.append("")
