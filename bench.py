@@ -163,6 +163,8 @@ def report(name, rows, a, notes, say=True):
     where = {"device": device_name(a.device), "threads": torch.get_num_threads(), **versions(), **packages,
              "commit": git_commit()}
     where = f"`python {a.command}`: " + ", ".join(f"{key} {value}" for key, value in where.items())
+    if getattr(a, "tuned", None):
+        where += f", constants {kernels.TUNED}"
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / f"{name}.md").write_text("\n".join([rows, "", *notes, a.ceilings.said, "", where, ""]), encoding="utf-8")
 
@@ -235,7 +237,7 @@ def bench_kernels(a):
         report(f"kernels_{a.name}", rows, a, [
             f"{a.tokens} tokens, {a.dtype}, up to {a.rounds} rounds. both: forward and backward. copy_%: bytes that "
             f"the op must move per second, over a copy's. vs_compile: time over the compiled twin's, with its 95% "
-            f"interval. Constants: {kernels.TUNED or 'by rule'}."], say=len(rows) >= 2 * len(todo))
+            f"interval."], say=len(rows) >= 2 * len(todo))
 
 
 # ---------------------------------------------------------------------------------------------------------------

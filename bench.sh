@@ -4,12 +4,12 @@
 #     bash bench.sh --minutes=12 --out=results/bench
 #
 #     gpu_tests                    are the results right on this GPU?
+#     tune                         which constants make the kernels fastest? The steps after it use them.
 #     overhead                     what does each strategy add to a step's time and memory?
 #     profile_unified, _baseline   where does the time of a step go?
-#     step                         would CUDA graphs, or not waiting for the loss, make a step faster?
-#     tune                         which constants make rms_norm's kernels fastest?
-#     kernels                      how fast is each kernel, with these constants, next to a copy and to torch.compile?
 #     peers                        is a step as fast as Hugging Face's Llama and nanoGPT (--nanogpt=PATH, a clone)?
+#     kernels                      how fast is each kernel, next to a copy and to torch.compile?
+#     step                         would CUDA graphs, or not waiting for the loss, make a step faster?
 #     overhead_large, _moe         what do the strategies add at 1B, and in a mixture of experts?
 #     kernels_large                how fast are the kernels at the widths of 1B?
 #
@@ -54,23 +54,23 @@ if [[ $tiny ]]; then
   short=(--rounds=3) tune=(--widths=32,48 --elements=512 --rounds=1)
   export TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1  # kernels in Python, and nothing compiled
 else
-  small=llama_0.12b large=llama_1b mixture=moe_0.5b short=() tune=()
+  small=llama_0.12b large=llama_1b mixture=moe_0.5b short=() tune=(--widths=768)
 fi
 few="baseline,unified,unified --head_placement=input"
 
-# An arm takes 10 to 20 s to build, most of it in torch.compile; overhead has nine.
+# An arm takes 10 to 20 s to build, most of it in torch.compile; overhead has nine. A constant takes 1.2 s to compile.
 step gpu_tests 120 -m pytest -o addopts= -q -x -rs tests/test_gpu.py
-step overhead 220 bench.py overhead --ways=compiled --size="$small" "${short[@]}"
-for strategy in unified baseline; do
-  step profile_$strategy 45 bench.py profile --ways=compiled --size="$small" --strategies=$strategy
-done
-step step 60 results/step.py --size="$small" "${short[@]}"
-step tune 90 results/tune.py "${tune[@]}"
+step tune 120 results/tune.py "${tune[@]}"
 tuned=() && [[ -f $out/tune.json ]] && tuned=(--tuned="$out/tune.json")
+step overhead 220 bench.py overhead --ways=compiled --size="$small" "${tuned[@]}" "${short[@]}"
+for strategy in unified baseline; do
+  step profile_$strategy 45 bench.py profile --ways=compiled --size="$small" --strategies=$strategy "${tuned[@]}"
+done
+step peers 90 bench.py peers --ways=compiled --size="$small" "${tuned[@]}" "${short[@]}" "${peers[@]}"
 step kernels 50 bench.py kernels --size="$small" "${tuned[@]}" "${short[@]}"
-step peers 90 bench.py peers --ways=compiled --size="$small" "${short[@]}" "${peers[@]}"
-step overhead_large 100 bench.py overhead --ways=compiled --size="$large" --strategies="$few" "${short[@]}"
-step overhead_moe 100 bench.py overhead --ways=compiled --size="$mixture" --strategies="$few" "${short[@]}"
+step step 60 results/step.py --size="$small" "${short[@]}"
+step overhead_large 100 bench.py overhead --ways=compiled --size="$large" --strategies="$few" "${tuned[@]}" "${short[@]}"
+step overhead_moe 100 bench.py overhead --ways=compiled --size="$mixture" --strategies="$few" "${tuned[@]}" "${short[@]}"
 step kernels_large 50 bench.py kernels --size="$large" "${tuned[@]}" "${short[@]}"
 
 [[ -z $failed ]] || { echo "== not done:$failed" >&2; exit 1; }

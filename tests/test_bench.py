@@ -168,21 +168,25 @@ def test_each_arm_runs_its_own_way(monkeypatch):
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="needs the interpreter")
 def test_tune_takes_the_fastest_constants(run, ceilings, monkeypatch):
-    used = SimpleNamespace(rows=1, stages=1)
+    used = {}
 
-    def constants(part, n):
-        columns, use = before(part, n)
-        used.__dict__.update(vars(use))
-        return columns, use
-    before = kernels._rms_norm_constants
-    monkeypatch.setattr(kernels, "_rms_norm_constants", constants)
-    monkeypatch.setattr(ceilings, "seconds", lambda f: (f(), 2.0 - (used.rows == 4) - used.stages / 10)[1])
-    folder = run("results/tune.py", "--widths=128", "--elements=1024")
+    def constants(part, n, warps, **rule):
+        use = before(part, n, warps, **rule)
+        used.update({"rows": 1, **vars(use)})
+        return use
+    before = kernels._constants
+    monkeypatch.setattr(kernels, "_constants", constants)
+    monkeypatch.setattr(ceilings, "seconds", lambda f: (f(), 2.0 - (used["rows"] == 4) - used["stages"] / 10)[1])
+    folder = run("results/tune.py", "--widths=128", "--elements=512", "--seconds=900")
     rows, below = table(folder, "tune")
     found = json.loads((folder / "tune.json").read_text(encoding="utf-8"))
-    assert [row["part"] for row in rows] == [f"rms_norm {part}" for part in ("forward", "backward", "backward γ")]
+    parts = {"rms_norm": 128, "swiglu": 344, "qk_norm_rope": 64}
+    assert {row["part"] for row in rows} == {
+        f"{op} {part} {n}" for op, n in parts.items() for part in ("forward", "backward", "backward γ")
+    } - {"swiglu forward 344", "swiglu backward 344"}
     assert all(found[f"rms_norm {part} 128"]["rows"] == 4 for part in ("forward", "backward", "backward γ"))
-    assert found["rms_norm backward γ 128"]["stages"] == 3 and "evict" not in found["rms_norm backward γ 128"]
+    for part in ("rms_norm backward γ 128", "swiglu backward γ 344", "qk_norm_rope backward γ 64"):
+        assert found[part]["stages"] == 3 and "evict" not in found[part] and "programs" not in found[part]
 
 
 def test_step_compares_the_ways_to_make_a_step(run):
@@ -336,9 +340,9 @@ def plan(tmp_path):
 def test_the_plan_goes_on_after_a_failure_and_resumes(plan):
     code, said, all_steps = plan(fails="*overhead*")
     assert code == 1 and "not done: overhead overhead_large overhead_moe" in said
-    assert [words[0] for words in all_steps] == ["-m", *["bench.py"] * 3, *["results/step.py", "results/tune.py"],
-                                                 *["bench.py"] * 5]
-    assert ["--seconds=176" in words for words in all_steps] == [i == 1 for i in range(11)]
+    assert [words[0] for words in all_steps] == ["-m", "results/tune.py", *["bench.py"] * 5, "results/step.py",
+                                                 *["bench.py"] * 3]
+    assert ["--seconds=176" in words for words in all_steps] == [i == 2 for i in range(11)]
     code, said, rest = plan()
     assert code == 0 and rest == [words for words in all_steps if "overhead" in words] and "tune: done before" in said
     assert plan("--minutes=0.5")[0] == plan("--minute=5")[0] == 2

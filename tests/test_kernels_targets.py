@@ -30,7 +30,7 @@ def compiled():
 @pytest.mark.parametrize("name", targets.SHARED)
 def test_every_launch_of_a_training_step_compiles_and_fits(name, compiled):
     rows = compiled[name]
-    assert {row[0] for row in rows} == KERNELS and len(rows) >= 35
+    assert {row[0] for row in rows} == KERNELS and len(rows) >= 30
     assert not [row[:2] for row in rows if row[1]]
     for kernel, _, shared, threads, _ in rows:
         assert shared <= targets.SHARED[name] * 1024 and threads <= 1024, kernel
