@@ -254,30 +254,22 @@ def test_bytes_per_token_of_an_unknown_tokenizer_is_none(folder, meta):
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
-def patch(position, value):
-    def change(path):
-        content = bytearray(path.read_bytes())
-        content[4 * position:4 * position + 4] = np.array([value], "<i4").tobytes()
-        path.write_bytes(content)
-    return change
-
-
-@pytest.mark.parametrize("damage, said", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
-    (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "truncated or damaged"),
-    (lambda path: path.write_bytes(b"short"), "not a file of tokens"),
-    (patch(0, 20240801), "magic 20240801"),
-    (patch(1, 2), "version 2"),
-    (patch(2, -1), "header counts -1 tokens"),
-    (lambda path: write(path, []), "header counts 0 tokens"),
+@pytest.mark.parametrize("header, size, said", [
+    ((20240520, 1, 137), 1297, "truncated or damaged"),
+    ((20240520, 1, 137), 1300, "truncated or damaged"),
+    ((20240520, 1, -1), 1298, "header counts -1 tokens"),
+    ((20240520, 1, 0), 1024, "header counts 0 tokens"),
+    ((20240801, 1, 137), 1298, "magic 20240801"),
+    ((20240520, 2, 137), 1298, "version 2"),
+    ((20240520, 1, 137), 5, "truncated or damaged"),
 ])
-def test_damaged_file_is_refused_by_name(folder, damage, said):
+def test_damaged_file_is_refused_by_name(folder, header, size, said):
     path = folder / "train_1.bin"
-    damage(path)
-    before = path.read_bytes()
+    damaged = (np.array(header, "<i4").tobytes() + path.read_bytes()[12:] + b"\0\0")[:size]
+    path.write_bytes(damaged)
     with refused(str(path), said, "python data/text/prepare.py FOLDER --out"):
         Tokens(folder, "train", B, 1200)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == damaged
 
 
 @pytest.mark.parametrize("folder", [HERE / "fineweb", Path("elsewhere")])
