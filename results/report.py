@@ -103,7 +103,7 @@ def fit_lines(folder):
 
 
 def commands(folder):
-    """Rows of the table of suites: name, seeds, tuning, hours on two cores, command."""
+    """Rows of the table of suites: name, seeds, hours, command. 16 cells share a GPU, and one cell takes a core."""
     rows = []
     for suite in [f"{suite}{size}" for suite in ORDER for size in ("", LARGER)]:
         results, path = read_csv(folder / suite / "results.csv"), folder / suite / "results.md"
@@ -112,8 +112,10 @@ def commands(folder):
             seeds = {arm: sum(r["arm"] == arm and r["use"] == "report" for r in results) for arm in
                      {r["arm"] for r in results if r["use"] == "report"}}
             cells = {row["cell"]: float(row["seconds"]) for row in results}
+            gpu = any("NVIDIA" in row["device"] for row in results)
+            hours = sum(cells.values()) / 3600 / (16 if gpu else 2)
             rows.append([suite, f"{statistics.median(seeds.values()):.0f}" if seeds else "0",
-                         f"{sum(cells.values()) / 2 / 3600:.1f}", f"`{command}`"])
+                         f"{hours:.1f}, {'an H200' if gpu else 'two cores'}", f"`{command}`"])
     return rows
 
 
@@ -124,7 +126,7 @@ def tables(folder=HERE):
     lines += ["", *fit_lines(folder), ""]
     made = commands(folder)
     if made:
-        lines += markdown_table(["suite", "seeds", "hours on two cores", "command"], made)
+        lines += markdown_table(["suite", "seeds", "hours", "command"], made)
     return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ def test_our_difference_next_to_the_papers_with_interval_verdict_and_direction(t
     assert rows["HG+DNP+OR+IWD vs HG+DNP+OR"][5] == "no" and rows["HG+DNP+ER+IWD vs HG+DNP+OR"][5] == "yes"
     assert rows["HG+DP+OR vs HG+DP"][3] == ""
     # 8 arms of 3 runs of 20 minutes
-    assert ["figure5", "3", "4.0", "`python ablate.py figure5`"] in rows_of(text)
+    assert ["figure5", "3", "4.0, two cores", "`python ablate.py figure5`"] in rows_of(text)
 
 
 def test_two_pairs_of_seeds_are_no_result_yet(tmp_path):
