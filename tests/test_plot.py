@@ -123,17 +123,6 @@ def test_scaling_draws_differences_and_says_what_the_fits_do(tmp_path):
     assert "Fits: the baseline needs 1." in figure.get_suptitle() and words(figure) == ["unified"]
 
 
-def test_only_reported_cells_of_the_seeds_that_two_arms_share(tmp_path):
-    write_suite(tmp_path, FIGURE5)
-    rows = plot.read_csv(tmp_path / "results.csv")
-    rows += [{**row, "use": "tuning", "val_loss": 9, "lr": 4} for row in rows]
-    write_csv(tmp_path / "results.csv", [row for row in rows if row["cell"] != "HG2"])
-    losses = {row["cell"]: float(row["val_loss"]) for row in rows if row["use"] == "report"}
-    mean = np.mean([losses[f"HG{seed}"] - losses[f"baseline{seed}"] for seed in (0, 1)])
-    ends = [line.get_ydata()[-1] for line in plot.suite_figures(tmp_path)["curves"].axes[0].get_lines()]
-    assert pytest.approx(mean) in ends
-
-
 def test_an_arm_with_more_steps_than_its_reference_has_no_curve(tmp_path):
     write_suite(tmp_path, FIGURE5)
     rows = plot.read_csv(tmp_path / "results.csv")
@@ -171,14 +160,13 @@ def test_out_is_another_folder(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "elsewhere").glob("*.png")} == {"curves.png", "gammas.png"}
 
 
-@pytest.mark.parametrize("name", ["_base", "$x_1$", "$$", os.fsdecode(b"\xff"), "a\\b"])
-def test_any_name_of_a_folder_is_shown_as_it_is(name, tmp_path):
-    folders = [tmp_path / "first", tmp_path / name]
-    for folder in folders:
-        write_run(folder, 2.0)
-    figure = plot.run_figures(folders)["curves"]
+def test_any_name_of_a_folder_is_shown_as_it_is(tmp_path):
+    names = ["first", "_base", "$x_1$", "$$", os.fsdecode(b"\xff"), "a\\b"]
+    for name in names:
+        write_run(tmp_path / name, 2.0)
+    figure = plot.run_figures([tmp_path / name for name in names])["curves"]
     figure.savefig(tmp_path / "x.svg")  # fails if a name is read as mathematics
-    assert words(figure) == [name.replace("\udcff", "\ufffd")]
+    assert set(words(figure)) == {*names[1:4], "\ufffd", "a\\b"}
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
@@ -215,8 +203,9 @@ def test_scale_vectors_by_layer_and_branch():
         assert [x.tolist() for x in found.values()] == [[0, 10], [1, 1], [2, 2], [3, 3]]
 
 
-def test_curves_take_the_evaluations_that_all_seeds_have():
-    runs = {"base": {1: {10: 3.0, 20: 2.0}, 2: {10: 4.0, 20: 3.0}}, "arm": {1: {10: 2.0}, 2: {10: 2.0, 20: 1.0}}}
+def test_differences_are_those_of_pairs_at_the_evaluations_that_all_of_them_have():
+    runs = {"base": {1: {10: 3.0, 20: 2.0}, 2: {10: 4.0, 20: 3.0}, 3: {}},
+            "arm": {1: {10: 2.0}, 2: {10: 2.0, 20: 1.0}, 3: {10: 9.0}, 4: {10: 9.0}}}
     found = plot.differences({"base": {"reference": ""}, "arm": {"reference": "base"}}, runs)
     (tokens, mean, sd), = found.values()
     assert tokens.tolist() == [10] and mean.tolist() == [-1.5] and sd == pytest.approx(0.5**0.5)
