@@ -9,8 +9,8 @@
 # 60 cells of 0.86M parameters took 8 minutes, so the 67 cells of figure5 take some 9. Run tests/test_gpu.py first: it
 # would have shown that torch 2.11 compiled a wrong gradient, to which 32 cells were lost. When the time is over, finished
 # cells are in results/SUITE_0.86M or results/large; commit them, and the same command continues from there, with the same
-# commit of this code. --out=FOLDER puts those folders elsewhere (first copy there what results/ has of them). --tiny tries it all on a
-# CPU.
+# commit of this code. --out=FOLDER puts those folders elsewhere (first copy there what results/ has of them). --tiny
+# tries it all on a CPU.
 set -u
 cd "$(dirname "$0")/.." || exit
 what=${1:-} minutes=8 out=results jobs=16 tiny=()
