@@ -10,6 +10,7 @@ results/SUITE holds the results of ablate.py's SUITE at the lab size, results/SU
 import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,9 +24,10 @@ ORDER = ["primary", *(name for name in SUITES if name != "primary")]
 LARGER = "_0.86M"
 
 
-def noise(path=HERE / "paper.csv"):
+def noise():
     """How far two plots of one run of the paper differ."""
-    return max(float(row["number"]) for row in read_csv(path) if row["unit"].startswith("loss difference, "))
+    rows = read_csv(HERE / "paper.csv")
+    return max(float(row["number"]) for row in rows if row["unit"].startswith("loss difference, "))
 
 
 def compared(arms, name):
@@ -109,12 +111,11 @@ def commands(folder):
         results, path = read_csv(folder / suite / "results.csv"), folder / suite / "results.md"
         if results:
             command = re.search("- Command: `(.*)`", path.read_text(encoding="utf-8"))[1]
-            seeds = {arm: sum(r["arm"] == arm and r["use"] == "report" for r in results) for arm in
-                     {r["arm"] for r in results if r["use"] == "report"}}
+            seeds = Counter(row["arm"] for row in results if row["use"] == "report")
             cells = {row["cell"]: float(row["seconds"]) for row in results}
             gpu = any("NVIDIA" in row["device"] for row in results)
             hours = sum(cells.values()) / 3600 / (16 if gpu else 2)
-            rows.append([suite, f"{statistics.median(seeds.values()):.0f}" if seeds else "0",
+            rows.append([suite, f"{statistics.median(seeds.values() or [0]):.0f}",
                          f"{hours:.1f}, {'an H200' if gpu else 'two cores'}", f"`{command}`"])
     return rows
 
@@ -124,20 +125,19 @@ def tables(folder=HERE):
     head = ["suite", "comparison", "paper", "lab size (0.27M), interval, verdict", "0.86M", "same direction"]
     lines = markdown_table(head, statements(folder, paper_numbers()))
     lines += ["", *fit_lines(folder), ""]
-    made = commands(folder)
-    if made:
+    if made := commands(folder):
         lines += markdown_table(["suite", "seeds", "hours", "command"], made)
     return "\n".join(lines)
 
 
-def main(readme=HERE / "README.md", folder=HERE):
+def main(folder=HERE):
     for path in folder.glob("*/results.md"):  # with the current wording
         said = path.read_text(encoding="utf-8")
         bad = dict(re.findall(r"- Not tuned: `(.*?)`: (.*)\.\n", said))
         if command := re.search("- Command: `(python ablate.py .*)`", said):
             path.write_text(report_text(read_csv(path.with_suffix(".csv")), command[1], bad), encoding="utf-8")
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(START)
+    readme = folder / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(START)
     readme.write_text(f"{before}{START}\n\n{tables(folder)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
