@@ -365,18 +365,3 @@ def test_the_real_train_py_is_stopped_and_continued(tiny):
     assert len(json.loads(next(ablate.CELLS.glob("*/config.json")).read_text())["resumed"]) == 1
     steps = [{row["step"] for row in table("out/ablate/unified", log)} for log in ("curves", "scales")]
     assert steps == [{"0", "50", "100", "150", "200"}] * 2
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# committed results
-
-TABLES = [path for path in sorted((ROOT / "results").glob("*/results.md"))
-          if "`python ablate.py" in path.read_text("utf-8")]
-
-
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)
-def test_committed_tables_are_their_rows(path):
-    text = path.read_text("utf-8")
-    bad = dict(re.findall(r"- Not tuned: `(.*?)`: (.*)\.\n", text))
-    assert text == ablate.report_text(ablate.read_csv(path.with_suffix(".csv")),
-                                      re.search("- Command: `(.*)`", text)[1], bad)

@@ -84,22 +84,6 @@ def test_a_compiled_model_is_cut_at_ddps_buckets(world):
     assert became["small buckets"] >= 3 * became["large buckets"] > 0
 
 
-def test_two_nodes(settings, tmp_path):
-    """As on two machines: two torchruns that meet at one address."""
-    s = settings(out_dir=str(tmp_path / "nodes"))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    node = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
-            "--rdzv_id=1", str(ROOT / "train.py"), *flags(s)]
-    nodes = [subprocess.Popen(node, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [p.communicate(timeout=600)[0] for p in nodes]
-    assert [p.returncode for p in nodes] == [0, 0], said
-    one = settings(out_dir=str(tmp_path / "one"))
-    main(one)
-    assert furthest(losses(tmp_path / "nodes"), losses(tmp_path / "one")) <= 1e-5
-
-
 HOOKED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / 'tests')!r})

@@ -98,6 +98,12 @@ def test_an_incomplete_torchrun_environment_is_refused(env, monkeypatch):
             ask()
 
 
+def test_ranks_count_over_all_machines(monkeypatch):
+    for name, value in dict(WORLD, RANK="1").items():  # the first process of the second machine
+        monkeypatch.setenv(name, value)
+    assert devices.processes() == (1, 2, True)
+
+
 def test_several_processes_do_not_get_mps(fake, monkeypatch):
     fake(mps=True)
     for name, value in WORLD.items():
