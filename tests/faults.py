@@ -28,7 +28,7 @@ from runs import load_checkpoint
 
 def command(out, data, steps):
     s = small(data, out_dir=str(out), max_steps=steps, n_embd=64, micro_batch=2, eval_interval=7, eval_tokens=64,
-              save_interval=1, **UNIFIED)
+              save_interval=1, resume="auto", **UNIFIED)
     return [sys.executable, str(ROOT / "train.py"), *flags(s)]
 
 
@@ -47,7 +47,7 @@ def same(a, b):
 
 
 def attempt(args, out, moment, rng):
-    """Run args and kill it at the moment. Returns ('killed', whether it was writing) or ('ended', False)."""
+    """Run args and kill it at the moment. Returns whether it was writing a checkpoint, or None if it had ended."""
     tmp, log = out / "ckpt.pt.tmp", out / "log.csv"
     seen = log.stat().st_mtime_ns if log.exists() else 0
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -66,13 +66,13 @@ def attempt(args, out, moment, rng):
     process.kill()
     error = process.communicate()[1]
     if process.returncode == 0:
-        return "ended", False
+        return None
     if process.returncode != -9:
         raise AssertionError(f"exit code {process.returncode} instead of a kill: {error}")
-    return "killed", tmp.exists()
+    return tmp.exists()
 
 
-def torment(folder, kills, steps, bar=None):
+def torment(folder, kills, steps):
     """Spend `kills` kills on runs in folder. Returns what was done, a dict. Raises AssertionError on any difference."""
     rng = random.Random(0)
     data = folder / "data"
@@ -82,26 +82,23 @@ def torment(folder, kills, steps, bar=None):
     subprocess.run(command(folder / "undisturbed", data, steps), check=True, stdout=subprocess.DEVNULL)
     expected = outcome(folder / "undisturbed")
     done = {"kills": 0, "while writing": 0, "before the first checkpoint": 0, "runs compared": 0}
+    bar = tqdm(total=kills, unit="kill")
     while done["kills"] < kills or not done["runs compared"]:
         out, most = folder / f"run{done['runs compared']}", min(kills, done["kills"] + 7)
-        while True:
-            resume = ["--resume=True"] if (out / "ckpt.pt").exists() else []
-            args = command(out, data, steps) + resume
-            if done["kills"] < most:
-                how, writing = attempt(args, out, done["kills"] % 3, rng)
-            else:
-                subprocess.run(args, check=True, stdout=subprocess.DEVNULL)
-                how = "ended"
-            if how == "ended":
+        args = command(out, data, steps)
+        while done["kills"] < most:
+            writing = attempt(args, out, done["kills"] % 3, rng)
+            if writing is None:
                 break
             done["kills"] += 1
             done["while writing"] += writing
             done["before the first checkpoint"] += not (out / "ckpt.pt").exists()
-            if bar is not None:
-                bar.update()
+            bar.update()
+        subprocess.run(args, check=True, stdout=subprocess.DEVNULL)  # to its end, if it is not there yet
         assert same(outcome(out), expected), f"{out} ended differently from {folder / 'undisturbed'}"
         shutil.rmtree(out)
         done["runs compared"] += 1
+    bar.close()
     return done
 
 
@@ -110,6 +107,6 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=400, help="of a run; default: 400")
     a = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=a.kills, unit="kill") as bar:
-        done = torment(Path(folder) / "faults", a.kills, a.steps, bar)
+    with tempfile.TemporaryDirectory() as folder:
+        done = torment(Path(folder) / "faults", a.kills, a.steps)
     print(", ".join(f"{what}: {count}" for what, count in done.items()))

@@ -33,7 +33,7 @@ def test_the_comparison_of_runs_can_fail(finished):
     assert not faults.same(first, second)
 
 
-@pytest.mark.parametrize("limit, file", [(20_000, "ckpt.pt"), (500, "log.csv")])
+@pytest.mark.parametrize("limit, file", [(20_000, "ckpt.pt"), (500, "config.json")])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(settings, finished, capsys, limit, file):
     """No file can grow past `limit` bytes, which a program meets as a full disk."""
     before = (finished / "ckpt.pt").read_bytes()
@@ -46,7 +46,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(settings, finishe
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "ckpt.pt is kept: fix that" in error, error
+    assert stop.value.code == 1 and error.count("\n") == 1, error
+    assert f"{file} cannot be written: " in error and "ckpt.pt is kept: fix that" in error, error
     assert (finished / "ckpt.pt").read_bytes() == before and not (finished / "ckpt.pt.tmp").exists()
     main(settings(resume=True, max_steps=12))
     assert load_checkpoint(finished / "ckpt.pt")["step"] == 12
