@@ -25,7 +25,6 @@ import numpy as np
 from cycler import cycler
 from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
@@ -98,14 +97,12 @@ def compare_lines(ax, title, x_label, lines, start=None):
         if values is not None:
             line(ax, i, *values)
             ends.append((values[1][-1], name, f"C{i}"))
-    low, high = ax.get_ylim()
-    last, placed = -math.inf, []
-    for y, name, color in sorted(ends):
-        last = max(y, last + 0.08 * (high - low))  # without overlap
-        placed.append((last, y, name, color))
-    shift = sum(at - y for at, y, _, _ in placed) / len(placed)
-    for at, _, name, color in placed:
-        ax.annotate(name, (1, at - shift), xycoords=("axes fraction", "data"), xytext=(6, 0), color=color,
+    ends.sort()
+    y = np.array([end[0] for end in ends])
+    apart = 0.08 * np.ptp(ax.get_ylim()) * np.arange(len(ends))
+    labels = np.maximum.accumulate(y - apart) + apart  # as low as they can be without overlap
+    for label, (_, name, color) in zip(labels - (labels - y).mean(), ends):
+        ax.annotate(name, (1, label), xycoords=("axes fraction", "data"), xytext=(6, 0), color=color,
                     textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
     ax.set_title(title)
     ax.set_xlabel(x_label)
@@ -118,12 +115,10 @@ def ring(ax, x, y, i):
 
 
 def explain(figure, text, paper):
-    """A caption, and what a ring is, if there are any. paper: {arm: (panel, nats)}, as from paper_numbers()."""
-    figure.supxlabel(text, fontsize=8)
+    """A caption, which says what a ring is, if there are any. paper: {arm: (panel, nats)}, as from paper_numbers()."""
     if paper:
-        model = next(iter(paper.values()))[0].partition(", ")[0]
-        ring = Line2D([], [], marker="o", linestyle="", color=rcParams["text.color"], markerfacecolor="none")
-        figure.legend([ring], [f"paper, {model}"], loc="outside lower right")
+        text += f"\nRings: the paper's numbers, {next(iter(paper.values()))[0].partition(', ')[0]}."
+    figure.supxlabel(text, fontsize=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -190,7 +185,7 @@ def curves(arms, found, paper):
         compare_lines(ax, f"{title}, nats", "tokens", {name: found[name] for name in names}, 0.0)
     text = "Validation loss minus the reference's"
     if any(np.ndim(sd) for _, _, sd in found.values()):
-        text += ", mean over pairs with the same seed; bands: their standard deviation"
+        text += ", mean over pairs with the same seed; bands: their standard deviation."
     explain(figure, text, paper)
     return figure
 
@@ -305,18 +300,14 @@ def gammas(arm, series):
 
 def magnitudes(series_of):
     """A panel per place: ‖γ‖/√n of each arm, the mean over layers and branches. series_of: {arm: gamma_series()}."""
-    places = {}
-    for site in SITES:
+    sites = [site for site in SITES if any(key[1] == site for series in series_of.values() for key in series)]
+    figure, axes = new_figure("Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches", len(sites),
+                              min(2, len(sites)), 2.3)
+    for ax, site in zip(axes, sites):
         lines = dict.fromkeys(series_of)  # so that an arm has one colour in all panels
         for arm, series in series_of.items():
-            found = [s for (_, where, _), s in series.items() if where == site]
-            if found:  # every γ starts as ones
+            if found := [s for key, s in series.items() if key[1] == site]:  # every γ starts as ones
                 lines[arm] = found[0]["step"], np.mean([s["norm"] / s["norm"][0] for s in found], axis=0), 0.0
-        if any(lines.values()):
-            places[site] = lines
-    figure, axes = new_figure("Magnitude ‖γ‖/√n (|β| under OR), mean over layers and branches", len(places),
-                              min(2, len(places)), 2.3)
-    for ax, (site, lines) in zip(axes, places.items()):
         compare_lines(ax, SITES[site], "step", lines, 1.0)
     return figure
 
@@ -374,7 +365,7 @@ def run_figures(folders):
         figures["curves"] = loss_of_one_run(name, read_csv(folder / "log.csv"))
     for folder, name in zip(folders, arms):
         if series := gamma_series(read_csv(folder / "scales.csv")):
-            figures["gammas" + (f"-{folder.name}" if folders[1:] else "")] = gammas(name, series)
+            figures["gammas" + (f"-{name}".replace("/", "-") if folders[1:] else "")] = gammas(name, series)
     return figures
 
 

@@ -86,7 +86,7 @@ def test_the_papers_panels_with_lines_labelled_and_the_papers_end_points(tmp_pat
         assert [ax.get_title(loc="left") for ax in figures[name].axes][:3] == [
             f"{title}{unit}" for title in ("heterogeneity: minus baseline", "placement: minus HG", "minus baseline")]
         assert figures[name].get_suptitle() == "Better: HG; unified. Worse: HG+AP. Not significant: HG+DNP"
-        assert [text.get_text() for legend in figures[name].legends for text in legend.get_texts()] == ["paper, 0.12B"]
+        assert figures[name].get_supxlabel().endswith("Rings: the paper's numbers, 0.12B.")
         rings = [line.get_xydata()[0] for line in figures[name].axes[1].get_lines()
                  if line.get_markerfacecolor() == "none"]
         assert sorted(ring[int(name == "curves")] for ring in rings) == [0.0099, 0.0341]
@@ -145,7 +145,9 @@ def test_runs_against_the_first_and_a_single_run(tmp_path):
     assert set(figures) == {"curves", "gammas-baseline", "gammas-unified"} and words(figures["curves"]) == ["unified"]
     zero, line = figures["curves"].axes[0].get_lines()
     assert line.get_ydata().tolist() == [-0.25] * 7
-    zero, line = plot.run_figures([second, third])["curves"].axes[0].get_lines()  # of one name
+    figures = plot.run_figures([second, third])  # of one name
+    zero, line = figures["curves"].axes[0].get_lines()
+    assert len(figures) == 3
     assert line.get_ydata().tolist() == [1.25] * 7
     figure = plot.run_figures([second])["curves"]
     assert figure.get_suptitle() == "unified ends at 1.7500 nats"
