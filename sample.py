@@ -4,7 +4,7 @@ Text from a trained run, or from a folder that export.py wrote, printed token by
     python sample.py out/unified --prompt "def main():" --num_samples 2
     python sample.py models/unified --prompt_file question.txt --temperature 0
 
-Also from the folder of a Hugging Face Llama with a tokenizer.json, if the package tokenizers is installed.
+It also takes the folder of a Hugging Face Llama with a tokenizer.json, where the package tokenizers is installed.
 
 The model sees at most block_size tokens. When they are full, it drops the older half and reads the rest again.
 """
@@ -43,8 +43,9 @@ def arguments(args=None):
 
 def open_tokenizer(name, folder):
     """
-    (encode, decode) by our tokenizer's name, or, where that is None, by the folder's tokenizer.json. encode(text) is
-    the list of tokens that a document with this text begins with; decode(tokens) is a text. Raises ConfigError.
+    (encode, decode) of our tokenizer with this name or, where that is None, of the folder's tokenizer.json.
+    encode(text) is the list of tokens that a document with this text begins with; decode(tokens) is a text.
+    Raises ConfigError.
     """
     if name is not None:
         from data.tokens import load_tokenizer
@@ -60,9 +61,8 @@ def open_tokenizer(name, folder):
         from tokenizers import Tokenizer
     except ImportError:
         raise ConfigError(f"{path} is for Hugging Face's tokenizers: pip install tokenizers") from None
-    text = read_bytes(path)
     try:
-        theirs = Tokenizer.from_buffer(text)
+        theirs = Tokenizer.from_buffer(read_bytes(path))
     except Exception as e:  # that package raises nothing more precise
         raise ConfigError(f"{path} cannot be read: {e}") from None
 
@@ -96,8 +96,9 @@ def main(args):
     # a smaller block_size is a smaller cache: no more tokens than there will be
     config.dtype, config.block_size = dtype, min(config.block_size, len(start) + args.max_new_tokens)
     model.to(device)
+    idx = torch.tensor([start], device=device)
     with torch.no_grad():
-        if not model(torch.tensor([start[-config.block_size:]], device=device))[0].isfinite().all():
+        if not model(idx[:, -config.block_size:])[0].isfinite().all():
             raise ConfigError(f"{args.model}: its logits are not finite: the run diverged, or the file is damaged")
 
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -105,7 +106,7 @@ def main(args):
         if args.num_samples > 1:
             print(f"--- sample {i + 1} of {args.num_samples}")
         print(prompt, end="", flush=True)
-        idx, seen, shown = torch.tensor([start], device=device), [*start], len(decode(start))
+        seen, shown = [*start], len(decode(start))
         for token in model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, generator):
             seen.append(token.item())
             text = decode(seen)
@@ -119,8 +120,7 @@ def main(args):
 
 if __name__ == "__main__":
     streams()
-    parsed = arguments()
     try:
-        main(parsed)
+        main(arguments())
     except ConfigError as e:
         refuse(e)

@@ -17,7 +17,7 @@ Seed = Annotated[int, 0, 2**32 - 1]
 
 @dataclass
 class GPTConfig:
-    """The model's settings. __post_init__ completes them: no 0, 'same' or 'auto' is left that stands for a default."""
+    """The model's settings. __post_init__ puts the actual value where 0, 'same' or 'auto' stands for a default."""
 
     # the model
     arch: Literal["llama", "gemma"] = "llama"  # gemma adds post-norms and QK-norm
@@ -27,18 +27,18 @@ class GPTConfig:
     d_head: Whole = 0  # channels of a head; 0 is n_embd / n_head
     n_embd: Count = 128  # width of the residual stream
     ffn_dim: Whole = 0  # width of the FFN; 0 is int(8 n_embd / 3)
-    ffn_extra: Whole = 0  # channels added to ffn_dim: a control with more parameters and no strategy
-    vocab_size: Whole = 256  # rows of the embedding, at least the data's vocabulary; 0 is just that
+    ffn_extra: Whole = 0  # channels added to ffn_dim, for a control with more parameters and no strategy
+    vocab_size: Whole = 256  # rows of the embedding, at least the data's vocabulary; 0 is exactly that
     block_size: Count = 256  # tokens in a sequence
-    tie_embeddings: bool = False  # the LM head shares the token table
+    tie_embeddings: bool = False  # the LM head and the token table are one matrix
     rope_theta: Annotated[float, 1.0, LARGEST] = 10000.0  # RoPE's base
     norm_eps: Amount = 1e-6  # inside the square root of every norm except DNP's, whose input may be small
     init_std: Amount = 0.0  # standard deviation of the initial matrices; 0 is 1/√fan_in of each
-    embedding_std: Amount = 0.0  # that of the initial token table; 0 is 1, or the LM head's if they are tied
+    embedding_std: Amount = 0.0  # that of the initial token table; 0 is 1, or the LM head's if tied
     # scale vectors
     scale_vectors: bool = True  # False fixes every γ to 1
     heterogeneous: bool = False  # HG: q, k, v, gate, up and the LM head each have their own γ
-    placement: Literal[PLACEMENTS] = "input"  # after is AP, dual DP, dual_norm DNP, norm our control
+    placement: Literal[PLACEMENTS] = "input"  # after is AP, dual DP, dual_norm DNP, norm DNP without u
     attn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in attention, if it differs
     v_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement of v, if it differs from that of q and k
     ffn_placement: Literal[("same", *PLACEMENTS)] = "same"  # placement in the FFN, if it differs
@@ -104,7 +104,7 @@ class Settings(GPTConfig):
     shard_optimizer: bool = False  # ZeRO-1: each process keeps a part of the optimizer's state
     weight_decay: Amount = 0.1  # of matrices, embeddings, and the γ that scale_decay names
     scale_decay: Literal["input", "all", "none", "output", "all_but_head_u"] = "all"  # which γ decay; input is IWD
-    decay_direction: bool = False  # apply scale_decay to or's α too: γ stays, α's effective rate rises [R]
+    decay_direction: bool = False  # decay or's α too: γ stays the same, α's effective learning rate rises [R]
     beta1: Beta = 0.9  # AdamW's
     beta2: Beta = 0.95  # AdamW's
     grad_clip: Amount = 1.0  # largest global gradient norm; 0 is no clipping
@@ -126,14 +126,14 @@ class Settings(GPTConfig):
     overwrite: bool = False  # start over; a run in out_dir is moved to out_dir.1, or the next free number
     device: str = "auto"  # auto: cuda if available, else mps, else cpu
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on cuda
-    kernels: Literal["auto", "torch"] = "auto"  # auto: Triton's on cuda; torch: their twins in PyTorch
+    kernels: Literal["auto", "torch"] = "auto"  # auto: Triton's on cuda; torch: plain PyTorch in their place
     dist_timeout: Annotated[float, 0.01, 1e6] = 10.0  # minutes that a process waits for another
     sample_tokens: Whole = 256  # length of the sample that is printed at the end
     wandb: str = ""  # Weights & Biases project that also gets the rows of log.csv; empty is none
     dry_run: bool = False  # only print the counts and the parameter groups
 
     def __post_init__(self):
-        pass  # gpt_config completes them
+        pass  # they stay as typed; gpt_config completes a copy
 
 
 # What a resumed run may change. None of these changes what a step computes, beyond rounding; max_steps moves the end of

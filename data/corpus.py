@@ -101,7 +101,7 @@ def write_corpus(files, out, tokenizer, unit=str):
     unit: maps a key to the name whose hash decides the split; files with the same name stay on one side
     Raises ConfigError if no file holds text, or if one cannot be read.
     """
-    # By bytes, because the characters that Python decodes a file name to depend on the locale.
+    # By the bytes of the names: the characters that Python makes of them depend on the locale.
     files, tok = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     train, val = [], []

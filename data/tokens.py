@@ -30,7 +30,7 @@ UNFINISHED = "meta.json.part"  # present while the files of a folder may belong 
 
 def data_folder(dataset):
     """The folder of a dataset: data/<name> for a name, the path itself for anything with a slash in it."""
-    is_path = any(sep in dataset for sep in {"/", os.sep}) or dataset.startswith("~")
+    is_path = "/" in dataset or os.sep in dataset or dataset.startswith("~")
     return Path(os.path.expanduser(dataset)) if is_path else HERE / dataset
 
 
@@ -208,8 +208,9 @@ class Tokens:
     batch() is a pure function of (files, seed, index). So a run that resumes at step s, or ranks that share a batch,
     get what one uninterrupted process would have seen.
 
-    n_tokens int, in files that are long enough for a window · n_windows int, for window() · windows_per_epoch int, for
-    batch() · paths [Path] · meta dict, from read_meta · tokenizer str, or None if it is unknown
+    n_tokens: those in files that are long enough for a window · n_windows: how many window() has
+    windows_per_epoch: how many an epoch of batch() has · paths: [Path] · meta: what read_meta returned
+    tokenizer: its name, or None if it is unknown
     Raises ConfigError, naming the file, for data that is missing, damaged, too short or of a larger vocabulary.
     """
 
@@ -233,14 +234,14 @@ class Tokens:
             shorter = f"set --block_size={longest - 1} or less, or " * (longest > 1)
             raise ConfigError(f"{self.folder}: the longest {split} file has {longest} tokens, and a window of "
                               f"block_size {block_size} needs {block_size + 1}; {shorter}prepare more text")
-        # Not all at once: each mapped file holds a descriptor, and a process often may have only 1024.
+        # Not all at once: each mapped file takes a file descriptor, and a process often may have only 1024.
         self._open = lru_cache(256)(self._open)
 
         # In training each shard gives up one window, so that the others can start at an offset that differs by epoch
         # while their number stays the same. A window reads one token more than it advances: the last one's target.
         fixed = (self.lengths - 1) // block_size
-        moving = np.where(fixed > 0, np.maximum(self.lengths // block_size - 1, 1), 0)
-        self.slack = np.maximum(self.lengths - moving * block_size, 1)  # possible offsets: 0 … slack - 1
+        moving = np.minimum(fixed, np.maximum(self.lengths // block_size - 1, 1))
+        self.slack = self.lengths - moving * block_size  # possible offsets: 0 … slack - 1
         self.fixed_ends, self.moving_ends = np.cumsum(fixed), np.cumsum(moving)
         self.n_windows, self.windows_per_epoch = int(self.fixed_ends[-1]), int(self.moving_ends[-1])
         # Two, because a batch may span two epochs; each costs 80 MB at 10 million windows.
@@ -259,13 +260,12 @@ class Tokens:
         Returns x, y: (count, block_size) int64, y one token ahead of x. Raises ConfigError for a token >= vocab_size.
         """
         epochs, positions = np.divmod(np.arange(first, first + count), self.windows_per_epoch)
-        shard, start = np.empty(count, np.int64), np.empty(count, np.int64)
+        found = []
         for epoch in np.unique(epochs):
-            mask = epochs == epoch
             offsets, order = self._epoch(int(epoch))
-            shard[mask], start[mask] = self._locate(order[positions[mask]], self.moving_ends)
-            start[mask] += offsets[shard[mask]]
-        return self._read(shard, start)
+            shard, start = self._locate(order[positions[epochs == epoch]], self.moving_ends)
+            found.append((shard, start + offsets[shard]))
+        return self._read(*np.concatenate(found, axis=1))
 
     def spread(self, n_tokens):
         """
