@@ -154,13 +154,10 @@ def batch_plan(s, world):
 
     batch_tokens is divided equally among `world` processes. Raises ConfigError if that is impossible.
     """
-    if s.batch_tokens % s.block_size:
-        raise ConfigError(f"batch_tokens {s.batch_tokens} is not divisible by block_size {s.block_size}")
-    sequences = s.batch_tokens // s.block_size
-    if sequences % world:
-        raise ConfigError(f"batch_tokens {s.batch_tokens} is {sequences} sequences of block_size {s.block_size}, "
-                          f"which {world} processes cannot share equally")
-    share = sequences // world
+    share, rest = divmod(s.batch_tokens, s.block_size * world)
+    if rest:
+        raise ConfigError(f"batch_tokens {s.batch_tokens} is not divisible by block_size {s.block_size}"
+                          + f" times {world} processes" * (world > 1))
     micro = min(s.micro_batch, share)
     if share % micro:
         raise ConfigError(f"batch_tokens {s.batch_tokens} is {share} sequences for each of {world} processes, "

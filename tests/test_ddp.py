@@ -74,7 +74,7 @@ def test_processes_that_differ_do_not_train_and_the_first_says_why(world, case, 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused(world):
     out, became, _ = world
-    assert all("which 2 processes cannot share equally" in each["uneven"] for each in became)
+    assert all("not divisible by block_size 16 times 2 processes" in each["uneven"] for each in became)
     assert not (out / "uneven").exists()
 
 

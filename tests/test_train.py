@@ -337,7 +337,7 @@ def test_impossible_settings_are_refused_before_anything_is_written(settings, kw
 def test_batch_plan(settings):
     plan = lambda world, **kw: batch_plan(settings(**kw), world)
     assert plan(1) == (4, 4, 1) and plan(2) == (2, 2, 1) and plan(1, micro_batch=2) == (4, 2, 2)
-    with pytest.raises(ConfigError, match="which 3 processes cannot share equally"):
+    with pytest.raises(ConfigError, match="not divisible by block_size 16 times 3 processes"):
         plan(3)
 
 

@@ -22,10 +22,8 @@ def prepare(shards=8, out=HERE / "fineweb"):
     """Downloads the validation shard and the first training shards. Raises ConfigError."""
     if not 1 <= shards <= 103:
         raise ConfigError(f"--shards {shards}: there are 103 training shards; choose 1 to 103")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ConfigError("huggingface_hub is not installed; run: pip install huggingface_hub") from None
+    from huggingface_hub import hf_hub_download
+
     out.mkdir(parents=True, exist_ok=True)
     for name in ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]:
         try:
