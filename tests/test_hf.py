@@ -1,4 +1,4 @@
-"""Import from Hugging Face format: the same loss and gradients, every strategy from the same function, refusals."""
+"""Import from Hugging Face format: the same logits, every strategy from the same function, refusals."""
 
 import json
 import os
@@ -67,40 +67,10 @@ def from_folder(folder, *flags):
     return model
 
 
-def their_names(model):
-    """Our parameter -> the name of theirs, written out a second time."""
-    yield model.wte, "model.embed_tokens.weight"
-    yield model.lm_head.v["lm_head" if model.config.heterogeneous else "shared"].gamma, "model.norm.weight"
-    if not model.config.tie_embeddings:
-        yield model.lm_head.weight["lm_head"], "lm_head.weight"
-    for i, block in enumerate(model.blocks):
-        p = f"model.layers.{i}."
-        yield block.attn.qkv.v["shared"].gamma, p + "input_layernorm.weight"
-        yield block.ffn.gate_up.v["shared"].gamma, p + "post_attention_layernorm.weight"
-        yield block.attn.o, p + "self_attn.o_proj.weight"
-        yield block.ffn.down, p + "mlp.down_proj.weight"
-        for c in "qkv":
-            yield block.attn.qkv.weight[c], f"{p}self_attn.{c}_proj.weight"
-        for c in ("gate", "up"):
-            yield block.ffn.gate_up.weight[c], f"{p}mlp.{c}_proj.weight"
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_every_gradient_equal_llamas(shape, transformers, tmp_path):
+def test_logits_equal_llamas(shape, transformers, tmp_path):
     llama = save_llama(transformers, tmp_path, **SHAPES[shape])
-    model = from_folder(tmp_path)
-    x = torch.randint(0, llama.config.vocab_size, (3, 65), generator=torch.Generator().manual_seed(1))
-    ours = model(x[:, :-1], x[:, 1:])[1]
-    ours.backward()
-    theirs = llama(x, labels=x).loss
-    theirs.backward()
-    assert abs(ours - theirs) < 1e-5
-    theirs = dict(llama.named_parameters())
-    pairs = list(their_names(model))
-    assert len(pairs) == len(list(model.parameters())) == len(theirs)
-    difference = {name: (p.grad - theirs[name].grad).abs().max().item() for p, name in pairs}
-    assert max(difference.values()) < 1e-5, max(difference, key=difference.get)
-    assert min(p.grad.abs().max() for p, _ in pairs) > 1e-4  # no gradient so small that nothing was compared
+    same(logits(from_folder(tmp_path)), logits(llama))
 
 
 @pytest.mark.parametrize("form", FORMS)

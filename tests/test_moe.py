@@ -10,7 +10,6 @@ import test_model
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from paper import as_written
 from test_ddp import flags, furthest, losses, torchrun
 from test_model import assert_close, loss_and_gradients, loud, shake, tokens
 from test_train import equal, log, stop_at, weights
@@ -165,16 +164,6 @@ def test_a_stack_is_many_scale_vectors():
             assert torch.allclose(stack(), gamma, atol=1e-6), form
 
 
-@pytest.mark.parametrize("form,placement,sharing", list(itertools.product(FORMS, PLACEMENTS, SHARING)))
-@pytest.mark.parametrize("arch", ["llama", "gemma"])
-def test_the_folded_mixture_equals_the_written_one(arch, form, placement, sharing):
-    model = loud(tiny(arch=arch, reparam=form, placement=placement, shared_dim=8, expert_dim=8, dtype="float64",
-                      norm_eps=0.0, **SHARING[sharing]))
-    ours = loss_and_gradients(model)
-    with as_written():
-        assert_close(ours, loss_and_gradients(model), 1e-10)
-
-
 def test_who_has_a_scale_vector_of_its_own():
     # without attention's and the last
     count = lambda **kw: tiny(n_layer=1, expert_dim=8, head_placement="input", **kw).counts()["scale_params"] - 2 * 16
@@ -295,13 +284,10 @@ def test_a_balanced_router_stays_balanced_and_another_does_not(settings, tmp_pat
 
 @pytest.mark.parametrize("kw", [UNIFIED, dict(router_bias=0.01, router="sigmoid", router_aux=0.0),
                                 dict(optimizer="muon", arch="gemma", expert_scales="own", heterogeneous=True)], ids=str)
-def test_twice_and_resumed_are_bit_for_bit_the_same(settings, tmp_path, monkeypatch, kw):
+def test_a_resumed_run_is_bit_for_bit_the_same(settings, tmp_path, monkeypatch, kw):
     kw = {**MIXED, **kw}
     reference = settings(**kw)
     main(reference)
-    again = settings(out_dir=str(tmp_path / "again"), eval_interval=1, **kw)
-    main(again)
-    assert log(again) == log(reference) and equal(weights(again), weights(reference))
     resumed = settings(out_dir=str(tmp_path / "resumed"), **kw)
     for step in (0, 4):
         with monkeypatch.context() as m:
@@ -370,14 +356,6 @@ def test_bf16_leaves_the_router_in_fp32(monkeypatch):
         assert abs(model(x, y)[1] - exact) < 0.01
 
 
-def test_it_generates_with_a_cache_as_without():
-    model = shake(tiny(shared_dim=8, heterogeneous=True, placement="dual_norm"))
-    x, _ = tokens(B=2, T=5)
-    new = torch.cat(list(model.generate(x, 6, temperature=0)), dim=1)
-    whole = torch.cat((x, new), dim=1)
-    assert torch.equal(model(whole)[0][:, 4:-1].argmax(-1), new)
-
-
 # counts and settings
 
 def test_counts_and_flops_by_hand():
@@ -415,9 +393,3 @@ def test_the_counts_in_the_comment_of_a_size_are_true(name):
     counts = GPT(gpt_config(configure(Settings, [str(path)])[0])).counts()
     comment = path.read_text().partition("\nn_layer")[0]
     assert f"{counts['params']:,} parameters, {counts['active_params']:,} active" in comment
-
-
-@pytest.mark.parametrize("strategy", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.stem)
-def test_every_strategy_applies_unchanged(strategy, capsys):
-    main(configure(Settings, [str(ROOT / "config" / "size" / "moe_quickstart.py"), str(strategy), "--dry_run=True"])[0])
-    assert "group router: 4 tensors" in capsys.readouterr().out
