@@ -61,19 +61,14 @@ def speed(module, loss, observe, dt=1e-6):
 # are γ_j² and γ_j² + ‖w_j‖². A γ of its own gives each branch its own P_j; a shared one couples the branches.
 
 
-def predicted(b):
-    """[P_j], (n_in, n, n), from γ and W."""
-    w = torch.cat([b.weight[c] for c in b.n_out])
-    if "shared" in b.v:
-        return torch.stack([g**2 * torch.eye(len(w)) + torch.outer(w_j, w_j) for g, w_j in zip(b.v["shared"](), w.T)])
-    return torch.stack([torch.block_diag(*(b.v[c]()[j]**2 * torch.eye(n) + torch.outer(*[b.weight[c][:, j]] * 2)
-                                           for c, n in b.n_out.items())) for j in range(w.size(1))])
-
-
 @pytest.mark.parametrize("heterogeneous", [False, True])
 def test_gamma_preconditions_each_column(heterogeneous):
     b = branches_of(heterogeneous=heterogeneous)
-    for j, P in enumerate(predicted(b).detach()):
+    w = torch.cat([*b.weight.values()]).detach()
+    gamma = torch.cat([v.expand(N_OUT[c], -1) for c, _, v in b.vectors()]).detach()
+    coupled = torch.block_diag(*(torch.ones(n, n) for n in N_OUT.values())) if heterogeneous else torch.ones(7, 7)
+    for j in range(N_IN):
+        P = torch.diag(gamma[:, j]**2) + torch.outer(w[:, j], w[:, j]) * coupled
         # for L = −W̃_ij the speed of w̃_j is column i of P_j
         measured = torch.stack([speed(b, lambda m: -effective(m)[i, j], effective)[:, j] for i in range(7)], dim=1)
         assert (measured - P).abs().max() < 1e-5
