@@ -82,7 +82,7 @@ def new_figure(text, n, columns, height, **kw):
     return figure, axes[:n]
 
 
-def line(ax, i, x, mean, sd=0.0, **kw):
+def line(ax, i, x, mean, sd, **kw):
     """A line in the i-th colour, with a band of ± sd."""
     ax.plot(x, mean, color=f"C{i}", linestyle=("-", "--", ":")[i // 8 % 3], marker="." if len(x) < 6 else None, **kw)
     ax.fill_between(x, mean - sd, mean + sd, color=f"C{i}", alpha=0.15, linewidth=0)
