@@ -134,8 +134,8 @@ class Cell:
     def folder(self):
         s = self.settings
         values = {k: v for k, v in (asdict(s) | asdict(gpt_config(s, s.dtype))).items() if k not in NO_LOSS}
-        known = json.dumps([values, self.content], sort_keys=True)
-        digest = hashlib.sha256(known.encode()).hexdigest()[:10]
+        decides = json.dumps([values, self.content], sort_keys=True)
+        digest = hashlib.sha256(decides.encode()).hexdigest()[:10]
         return CELLS / f"{s.n_layer}x{s.n_embd}-{s.max_steps}steps-lr{s.lr:g}-seed{s.seed}-{digest}"
 
     def at(self, lr, seed):
@@ -338,7 +338,7 @@ class Runner:
         self.started, self.done = time.monotonic(), 0.0  # FLOPs since then
 
     def fill(self):
-        """Start a cell in each free slot, unless a signal came or the code is not what it was."""
+        """Start a cell in each free slot, unless a signal came or the code has changed."""
         for slot in set(range(self.opt.jobs)) - self.running.keys():
             taken = {cell.folder for cell, *_ in self.running.values()} | self.failed.keys()
             cell = next((cell for cell in self.suite.progress()[0]

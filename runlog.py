@@ -59,7 +59,7 @@ class RunLog:
         if not s.resume and (out / "config.json").exists():
             set_aside(out)  # only now, when the new run can begin
         describe_run(s, out, step, {"device": device_name(device), "processes": world, **counts})
-        self.s, self.first_step, self.logged = s, step, 0
+        self.s, self.logged = s, 0  # how many steps were logged
         self.rows = CSVLog(out / "log.csv", LOG_COLUMNS, step)
         self.scales = CSVLog(out / "scales.csv", SCALE_COLUMNS, step)
         self.experts = CSVLog(out / "experts.csv", EXPERT_COLUMNS, step) if s.n_experts else None

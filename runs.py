@@ -58,7 +58,7 @@ def write_whole(path, text):
 
 
 def git_commit():
-    """The commit of this code, and whether the code was changed since; 'unknown' and why, where git does not tell."""
+    """The commit of this code, and whether the code was changed since; 'unknown' and the reason if git cannot tell."""
     # inside a git hook the environment names the hook's repository
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
@@ -101,15 +101,16 @@ def code_hash():
 # the folder
 
 
-def differing(saved, s, free=FREE_ON_RESUME):
+def differing(saved, s):
     """
-    'lr 0.001 (here 0.002)' for each setting outside `free` that differs between saved and s; '' if none does.
+    'lr 0.001 (here 0.002)' for each setting that differs between saved and s and that a resumed run may not change; ''
+    if none does.
 
     saved: the settings of a run on disk, a dict. A setting that is missing there was added later: it has its default.
     """
     here, saved = asdict(s), {**asdict(Settings()), **saved}
     return ", ".join(f"{name} {saved[name]!r} (here {here[name]!r})" for name in here
-                     if saved[name] != here[name] and name not in free)
+                     if saved[name] != here[name] and name not in FREE_ON_RESUME)
 
 
 def check_settings(saved, path):
