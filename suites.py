@@ -144,8 +144,9 @@ def named_arms(suite, base):
 
 def check_base(base, arms):
     """Raise ConfigError where an arm's own words, which come after those of base, undo a flag of base."""
-    hints = get_type_hints(Settings, include_extras=True)
-    flags = dict(read_flag(arg, hints) for arg in base if arg.startswith("--"))
+    hints, flags = get_type_hints(Settings, include_extras=True), {}
+    for arg in base:
+        flags |= read_flag(arg, hints) if arg.startswith("--") else {}
     flags.pop("warmup_steps", None)  # a size shortens it
     for arm in arms:
         s, _ = configure(Settings, arm.words)
