@@ -197,7 +197,7 @@ class _Stream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             self.lost = True
             if not isinstance(e, BrokenPipeError):  # `| head` has seen enough; a full disk is worth a line
-                print(f"{os.path.basename(sys.argv[0])}: what it prints is lost: {e.strerror}", file=sys.stderr)
+                print(f"{os.path.basename(sys.argv[0])}: cannot print any more: {e.strerror}", file=sys.stderr)
 
 
 def streams():

@@ -102,7 +102,8 @@ def write_corpus(files, out, tokenizer, unit=str):
     Raises ConfigError if no file holds text, or if one cannot be read.
     """
     # By the bytes of the names: the characters that Python makes of them depend on the locale.
-    files, tok = sorted(files, key=lambda file: os.fsencode(file[0])), load_tokenizer(tokenizer)
+    files = sorted(files, key=lambda file: os.fsencode(file[0]))
+    tok = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     train, val = [], []
     with ThreadPoolExecutor() as pool:  # threads, because tiktoken releases the interpreter's lock

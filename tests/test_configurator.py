@@ -176,8 +176,8 @@ def test_help_is_shown_however_python_runs(script, tmp_path):
 
 @pytest.mark.parametrize("lost, said", [
     (lambda: reader_that_left(os.pipe), ""),
-    (lambda: reader_that_left(os.openpty), "script.py: what it prints is lost: Input/output error\n"),
-    (lambda: open("/dev/full", "w"), "script.py: what it prints is lost: No space left on device\n")])
+    (lambda: reader_that_left(os.openpty), "script.py: cannot print any more: Input/output error\n"),
+    (lambda: open("/dev/full", "w"), "script.py: cannot print any more: No space left on device\n")])
 def test_a_stream_that_is_lost_ends_the_printing_and_nothing_else(printing_to, capsys, lost, said):
     """No OSError reaches the script, which would take it for an error of the file that it writes."""
     file = lost()
