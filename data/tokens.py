@@ -209,25 +209,23 @@ class Tokens:
     get what one uninterrupted process would have seen.
 
     n_tokens: those in files that are long enough for a window · n_windows: how many window() has
-    windows_per_epoch: how many an epoch of batch() has · paths: [Path] · meta: what read_meta returned
-    tokenizer: its name, or None if it is unknown
+    windows_per_epoch: how many an epoch of batch() has · paths: [Path] · tokenizer: its name, or None if unknown
     Raises ConfigError, naming the file, for data that is missing, damaged, too short or of a larger vocabulary.
     """
 
     def __init__(self, folder, split, block_size, vocab_size, seed=0):
         self.folder, self.block_size, self.vocab_size, self.seed = Path(folder), block_size, vocab_size, seed
-        again = rebuild_command(self.folder)
         self.paths = split_files(self.folder, split)
         if not self.paths:
             raise ConfigError(f"{self.folder}: has no {split} tokens (a .bin file with the word {split} in its name); "
-                              f"make them with: {again}")
-        self.meta = read_meta(self.folder)
+                              f"make them with: {rebuild_command(folder)}")
+        meta = read_meta(self.folder)
         # Shards without a meta.json come from other projects: GPT-2 tokens, unless the vocabulary is too small.
-        gpt2 = not self.meta and vocab_size >= GPT2Tokenizer.vocab_size
-        self.tokenizer = self.meta.get("tokenizer", "gpt2" if gpt2 else None)
-        if self.meta.get("vocab_size", 0) > vocab_size:
-            raise ConfigError(f"{self.folder}: its tokenizer has {self.meta['vocab_size']} tokens, the model only "
-                              f"{vocab_size}; set --vocab_size={self.meta['vocab_size']} or more")
+        gpt2 = not meta and vocab_size >= GPT2Tokenizer.vocab_size
+        self.tokenizer = meta.get("tokenizer", "gpt2" if gpt2 else None)
+        if meta.get("vocab_size", 0) > vocab_size:
+            raise ConfigError(f"{self.folder}: its tokenizer has {meta['vocab_size']} tokens, the model only "
+                              f"{vocab_size}; set --vocab_size={meta['vocab_size']} or more")
         self.lengths = np.array([len(open_tokens(path)[0]) for path in self.paths], np.int64)
         self.n_tokens, longest = int(self.lengths[self.lengths > block_size].sum()), int(self.lengths.max())
         if longest <= block_size:
