@@ -130,8 +130,9 @@ def panels(names, arms, paper):
     found = []
     for reference, group in groupby(names, lambda name: arms[name]["reference"]):
         group = list(group)
-        in_paper = [paper[name][0].partition(", ")[2] for name in group if name in paper][:1]
-        found.append((": ".join([*filter(None, in_paper), f"minus {reference}"]), reference, group))
+        in_paper = next((paper[name][0].partition(", ")[2] for name in group if name in paper), "")
+        title = f"{in_paper}: minus {reference}" if in_paper else f"minus {reference}"
+        found.append((title, reference, group))
     return found
 
 
@@ -142,13 +143,14 @@ def finding(compared):
         return "One pair of runs each: another seed would move these differences"
     if len(tested) == 1:
         (name, a), = tested.items()
-        return (f"{name} is {a['verdict']} than {a['reference']} by {abs(a['delta']):.4f} nats"
-                if a["verdict"] != "not significant" else f"{name} does not differ significantly from {a['reference']}")
+        if a["verdict"] == "not significant":
+            return f"{name} does not differ significantly from {a['reference']}"
+        return f"{name} is {a['verdict']} than {a['reference']} by {abs(a['delta']):.4f} nats"
     said = []
     for verdict in ("better", "worse", "not significant"):
         if names := [name for name in tested if tested[name]["verdict"] == verdict]:
-            said.append(f"{verdict.capitalize()}: "
-                        f"{'; '.join(names) if len(names) < 5 else f'{len(names)} of {len(tested)}'}")
+            which = "; ".join(names) if len(names) < 5 else f"{len(names)} of {len(tested)}"
+            said.append(f"{verdict.capitalize()}: {which}")
     return ". ".join(said)
 
 
