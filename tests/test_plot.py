@@ -20,12 +20,12 @@ def curve(final, bad=""):
              "val_loss": bad or final + (4000 - t) / 4000} for t in range(0, 4001, 500)]
 
 
-def vectors(bad=""):
-    return [{"step": step, "name": vector, "mean": bad or 1 + step / 100, "std": 0.1, "norm": bad or 4 + step / 25,
-             "cosine": 1} for step in (0, 50, 100) for vector in VECTORS]
+def vectors():
+    return [{"step": step, "name": vector, "mean": 1 + step / 100, "std": 0.1, "norm": 4 + step / 25, "cosine": 1}
+            for step in (0, 50, 100) for vector in VECTORS]
 
 
-def write_suite(folder, deltas, suite="figure5", seeds=3, flops=1e12):
+def write_suite(folder, deltas, suite="figure5", seeds=3):
     """The CSVs as ablate.py leaves them, of {(arm, reference): its difference to the first arm's 1.5 nats}."""
     rng = np.random.default_rng(0)
     shared, tables = rng.normal(0, 0.01, seeds), {"results": [], "curves": [], "scales": []}
@@ -34,7 +34,7 @@ def write_suite(folder, deltas, suite="figure5", seeds=3, flops=1e12):
             loss, cell = 1.5 + delta + shared[seed] + rng.normal(0, 0.0005), f"{arm}{seed}"
             tables["results"].append({
                 "suite": suite, "arm": arm, "reference": reference, "use": "report", "lr": 1e-3, "seed": seed,
-                "val_loss": loss, "params": 10, "tokens": 4000, "flops": flops * 10 ** (i // 2), "cell": cell})
+                "val_loss": loss, "params": 10, "tokens": 4000, "flops": 10.0 ** (12 + i // 2), "cell": cell})
             tables["curves"] += [{"cell": cell, **row} for row in curve(loss)]
         tables["scales"] += [{"cell": f"{arm}0", **row} for row in vectors()]
     folder.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def write_suite(folder, deltas, suite="figure5", seeds=3, flops=1e12):
 def write_run(folder, final, bad=""):
     folder.mkdir(parents=True)
     write_csv(folder / "log.csv", curve(final, bad))
-    write_csv(folder / "scales.csv", vectors(bad))
+    write_csv(folder / "scales.csv", vectors())
 
 
 @pytest.fixture(autouse=True)
