@@ -80,9 +80,9 @@ def statements(folder, paper):
             panel, number = paper.get((figure, name, reference), ("", None))
             theirs = "" if number is None else "no difference" if number == 0 else f"{number:+.4f} ({panel})"
             what = name if " vs " in name else f"{name} vs {reference}"
-            arm = compared(lab, name)
-            rows.append([f"[{suite}]({suite}/results.md)" if lab else suite, escaped(what), theirs,
-                         ours(arm), ours(compared(larger, name)), agrees(number, arm)])
+            link = f"[{suite}]({suite}{'' if lab else LARGER}/results.md)" if lab or larger else suite
+            arms = [compared(results, name) for results in (lab, larger)]
+            rows.append([link, escaped(what), theirs, *map(ours, arms), agrees(number, arms[0] or arms[1])])
     return rows
 
 

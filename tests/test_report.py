@@ -69,7 +69,8 @@ def test_the_larger_size_has_a_column(tmp_path):
     write_suite(tmp_path, "primary", {"unified": -0.02})
     (tmp_path / "primary").rename(tmp_path / "primary_0.86M")
     row = rows_of(report.tables(tmp_path))[2]
-    assert row[:4] == ["primary", "unified vs baseline", "-0.0331 (0.12B)", ""] and row[4].startswith("-0.0")
+    assert row[:4] == ["[primary](primary_0.86M/results.md)", "unified vs baseline", "-0.0331 (0.12B)", ""]
+    assert row[4].startswith("-0.0") and row[5] == "yes"
 
 
 def test_the_readme_and_each_results_md_are_what_the_script_makes(tmp_path):
