@@ -196,7 +196,7 @@ class _Stream:
         except OSError as e:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             self.lost = True
-            if not isinstance(e, BrokenPipeError):  # `| head` has seen enough; a full disk is worth a line
+            if not isinstance(e, BrokenPipeError):  # as `| head` causes on purpose
                 print(f"{os.path.basename(sys.argv[0])}: cannot print any more: {e.strerror}", file=sys.stderr)
 
 
@@ -207,11 +207,11 @@ def streams():
     the script, and unheard() is True from then on. Ctrl-C prints one line.
     """
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # opened in this order they become 0, 1 and 2, which no other file may become
+        if getattr(sys, name) is None:  # in this order they take the numbers 0, 1 and 2, which no other file may get
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        stream.reconfigure(errors="replace", line_buffering=True)  # whoever reads a pipe sees each line as it comes
+        stream.reconfigure(errors="replace", line_buffering=True)  # a pipe gets each line at once
         setattr(sys, name, _Stream(stream))
     sys.excepthook = _ended
 

@@ -55,8 +55,8 @@ def open_tokenizer(name, folder):
 
     path = Path(folder, "tokenizer.json")
     if not path.exists():
-        raise ConfigError(f"{folder}: its tokenizer is unknown. It is not ours, or its data has no meta.json; "
-                          f"put a tokenizer.json there")
+        raise ConfigError(f"{folder}: its tokenizer is unknown, since it is not from nanoScale or its data had no "
+                          "meta.json; put a tokenizer.json there")
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -89,10 +89,10 @@ def main(args):
     encode, decode = open_tokenizer(name, args.model)
     start = encode(prompt)
     if not start:
-        raise ConfigError(f"{args.model}: its tokenizer begins a document with nothing; give it a --prompt")
+        raise ConfigError(f"{args.model}: its tokenizer has no token for the start of a document; give a --prompt")
     if max(start) >= config.vocab_size:
-        raise ConfigError(f"{args.model}: its tokenizer knows token {max(start)}, and the model "
-                          f"{config.vocab_size} tokens")
+        raise ConfigError(f"{args.model}: its tokenizer has token {max(start)}, and the model only "
+                          f"{config.vocab_size} tokens; use the model's own tokenizer.json")
     # a smaller block_size is a smaller cache: no more tokens than there will be
     config.dtype, config.block_size = dtype, min(config.block_size, len(start) + args.max_new_tokens)
     model.to(device)
@@ -110,10 +110,10 @@ def main(args):
         for token in model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, generator):
             seen.append(token.item())
             text = decode(seen)
-            if not text.endswith("\ufffd"):  # else it may end in the middle of a character, and waits for the rest
+            if not text.endswith("\ufffd"):  # else it may end within a character, and waits for the rest
                 print(text[shown:], end="", flush=True)
                 shown = len(text)
-            if unheard():  # `| head` has seen enough
+            if unheard():  # stdout is closed, as by `| head`
                 sys.exit(130)
         print(decode(seen)[shown:])
 

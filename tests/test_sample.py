@@ -184,12 +184,12 @@ def test_words_keep_the_space_between_them(tmp_path):
 
 def test_a_tokenizer_that_does_not_fit_or_cannot_be_read_is_refused(llama, monkeypatch):
     theirs, path = (llama / "theirs", "--device", "cpu"), llama / "theirs" / "tokenizer.json"
-    with refused("begins a document with nothing; give it a --prompt"):
+    with refused("no token for the start of a document; give a --prompt"):
         run(*theirs)
     told = json.loads(path.read_text())
     told["model"]["vocab"]["a"], told["model"]["vocab"]["<unused256>"] = 256, 97
     path.write_text(json.dumps(told))
-    with refused("knows token 256, and the model 256"):
+    with refused("has token 256, and the model only 256 tokens"):
         run(*theirs, "--prompt=a")
     path.write_text("{")
     with refused("tokenizer.json cannot be read"):
