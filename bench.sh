@@ -9,7 +9,7 @@
 #     profile_unified, _baseline   where does the time of a step go?
 #     peers                        is a step as fast as Hugging Face's Llama and nanoGPT (--nanogpt=PATH, a clone)?
 #     kernels                      how fast is each kernel, next to a copy and to torch.compile?
-#     step                         would CUDA graphs, or not waiting for the loss, make a step faster?
+#     step_baseline, _unified      would CUDA graphs, say, or not waiting for the loss, make a step faster?
 #     overhead_large, _moe         what do the strategies add at 1B, and in a mixture of experts?
 #     kernels_large                how fast are the kernels at the widths of 1B?
 #
@@ -68,7 +68,9 @@ for strategy in unified baseline; do
 done
 step peers 90 bench.py peers --ways=compiled --size="$small" "${tuned[@]}" "${short[@]}" "${peers[@]}"
 step kernels 50 bench.py kernels --size="$small" "${tuned[@]}" "${short[@]}"
-step step 60 results/step.py --size="$small" "${short[@]}"
+for strategy in baseline unified; do
+  step step_$strategy 70 results/step.py --size="$small" --strategy=$strategy "${short[@]}"
+done
 step overhead_large 100 bench.py overhead --ways=compiled --size="$large" --strategies="$few" "${tuned[@]}" "${short[@]}"
 step overhead_moe 100 bench.py overhead --ways=compiled --size="$mixture" --strategies="$few" "${tuned[@]}" "${short[@]}"
 step kernels_large 50 bench.py kernels --size="$large" "${tuned[@]}" "${short[@]}"

@@ -1,12 +1,13 @@
 """
-Other ways to make a training step, compared with the step of train.py: results/bench/step_SIZE.md.
+Other ways to make a training step, compared with the step of train.py: results/bench/step_SIZE_STRATEGY.md.
 
     python results/step.py --size=llama_0.12b --seconds=60        on a GPU
-    python results/step.py --size=llama_0.12b --liger             with Liger's fused linear cross-entropy
+    python results/step.py --strategy=unified                     of another strategy
+    python results/step.py --liger                                with Liger's fused linear cross-entropy
 
 no wait: the CPU does not wait for the loss after each step, so it launches the next one at once. CUDA graphs: no gaps
-between launches; memory_mb does not count what they keep between steps. The loss: the LM head's matrix product and the
-cross-entropy, forward and backward.
+between launches; memory_mb does not count what they keep between steps. combo kernels: torch.compile joins kernels that
+do not depend on each other. The loss: the LM head's matrix product and the cross-entropy, forward and backward.
 """
 
 import statistics
@@ -21,6 +22,7 @@ from configurator import Parser
 def arguments(args=None):
     parser = Parser(__doc__)
     parser.add_argument("--size", default="llama_0.12b", help="in config/size, or a file; default: %(default)s")
+    parser.add_argument("--strategy", default="baseline", help="as in bench.py's --strategies; default: %(default)s")
     parser.add_argument("--seconds", default=60.0, type=float)
     parser.add_argument("--rounds", default=10, type=int, help="default: %(default)s")
     parser.add_argument("--block", default=10, type=int, help="steps of an arm per turn; default: %(default)s")
@@ -56,7 +58,9 @@ def losses(s, a):
     h = torch.randn(tokens, s.n_embd, device=a.device, dtype=dtype).requires_grad_()
     W = (0.02 * torch.randn(s.vocab_size, s.n_embd, device=a.device)).to(dtype).requires_grad_()
     y = torch.randint(0, s.vocab_size, (tokens,), device=a.device)
-    found = {"linear and cross-entropy, compiled": torch.compile(lambda: F.cross_entropy(F.linear(h, W).float(), y))}
+    loss = lambda: F.cross_entropy(F.linear(h, W).float(), y)
+    found = {"linear and cross-entropy, compiled": torch.compile(loss),
+             "the same, softmax in two passes": torch.compile(loss, options={"online_softmax": False})}
     if a.liger:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as liger
         found["Liger's fused linear cross-entropy"] = lambda: liger.apply(h, W, y)[0]
@@ -76,13 +80,14 @@ def losses(s, a):
 
 def main(a, command):
     bench.prepare(a, ["results/step.py", *command])
-    step = bench.make_arm("baseline", "compiled", a)
+    step = bench.make_arm(a.strategy, "compiled", a)
     arms = {"as train.py has it": step, "no wait": NoWait(step.model, "compiled", step.optimizers, step.batches)}
-    if a.device.type == "cuda":
-        arms["CUDA graphs"] = graphs = bench.make_arm("baseline", "eager", a)
-        # options, since under inductor's global setting it would reuse the code that was compiled for `step`
-        graphs.run = torch.compile(graphs.model, dynamic=False, options={"triton.cudagraphs": True})
-        graphs.step()
+    for name, option in {"CUDA graphs": "triton.cudagraphs", "combo kernels": "combo_kernels"}.items():
+        if a.device.type == "cuda":
+            arms[name] = arm = bench.make_arm(a.strategy, "eager", a)
+            # options, since under inductor's global setting it would reuse the code that was compiled for `step`
+            arm.run = torch.compile(arm.model, dynamic=False, options={option: True})
+            arm.step()
     memory = {name: arm.memory_mb() for name, arm in arms.items()}
     timed = {name: lambda arm=arm: arm.seconds(a.block) for name, arm in arms.items()}
     for name, (f, mb) in losses(bench.settings_of(a.size), a).items():
@@ -92,8 +97,8 @@ def main(a, command):
         base = next(iter(arms if name in arms else (n for n in timed if n not in arms)))
         rows.append({"what": name, "ms": f"{1e3 * statistics.median(times[name]):.2f}",
                      "time": bench.over(times[name], times[base]), "memory_mb": f"{memory[name]:.0f}"})
-    bench.report(f"step_{bench.size_name(a.size)}", rows, a, [
-        f"The baseline, compiled, {a.dtype}, {len(times[next(iter(times))])} rounds. time: over the step's as train.py "
+    bench.report(f"step_{bench.size_name(a.size)}_{a.strategy}", rows, a, [
+        f"{a.strategy}, compiled, {a.dtype}, {len(times[next(iter(times))])} rounds. time: over the step's as train.py "
         f"has it, and over the compiled loss's, with its 95% interval."])
 
 

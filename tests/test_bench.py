@@ -101,7 +101,7 @@ def on_a_cpu(size):
 def run(toy, tmp_path, monkeypatch, ceilings):
     """A function that runs a verb on the toy. torch.compile only traces, so that no C++ is compiled."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, backend="eager", **kw))
+    monkeypatch.setattr(torch, "compile", lambda f, options=None, **kw: compile(f, backend="eager", **kw))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bench, "Ceilings", lambda device, dtype: ceilings)
     monkeypatch.setattr(kernels, "TUNED", {})
@@ -190,8 +190,9 @@ def test_tune_takes_the_fastest_constants(run, ceilings, monkeypatch):
 
 
 def test_step_compares_the_ways_to_make_a_step(run):
-    rows, below = table(run("results/step.py", "--block=2"), "step_toy")
-    assert [row["what"] for row in rows] == ["as train.py has it", "no wait", "linear and cross-entropy, compiled"]
+    rows, below = table(run("results/step.py", "--block=2"), "step_toy_baseline")
+    assert [row["what"] for row in rows] == ["as train.py has it", "no wait", "linear and cross-entropy, compiled",
+                                          "the same, softmax in two passes"]
     assert rows[0]["time"] == rows[2]["time"] == "1.000 (1.000–1.000)" and all(float(row["ms"]) >= 0 for row in rows)
     assert "3 rounds" in below and "python results/step.py --block=2" in below
 
@@ -340,9 +341,9 @@ def plan(tmp_path):
 def test_the_plan_goes_on_after_a_failure_and_resumes(plan):
     code, said, all_steps = plan(fails="*overhead*")
     assert code == 1 and "not done: overhead overhead_large overhead_moe" in said
-    assert [words[0] for words in all_steps] == ["-m", "results/tune.py", *["bench.py"] * 5, "results/step.py",
+    assert [words[0] for words in all_steps] == ["-m", "results/tune.py", *["bench.py"] * 5, *["results/step.py"] * 2,
                                                  *["bench.py"] * 3]
-    assert ["--seconds=176" in words for words in all_steps] == [i == 2 for i in range(11)]
+    assert ["--seconds=176" in words for words in all_steps] == [i == 2 for i in range(12)]
     code, said, rest = plan()
     assert code == 0 and rest == [words for words in all_steps if "overhead" in words] and "tune: done before" in said
     assert plan("--minutes=0.5")[0] == plan("--minute=5")[0] == 2
@@ -350,7 +351,7 @@ def test_the_plan_goes_on_after_a_failure_and_resumes(plan):
 
 def test_the_plan_stops_in_time(plan):
     code, said, steps = plan("--minutes=0")
-    assert code == 0 and not steps and said.count("no time left") == 11
+    assert code == 0 and not steps and said.count("no time left") == 12
 
 
 def test_every_step_of_the_plan_runs(plan, run, monkeypatch, tmp_path):
@@ -362,11 +363,12 @@ def test_every_step_of_the_plan_runs(plan, run, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tune.json").write_text("{}")
     _, said, ((*_, tests), *steps) = plan("--tiny")
-    assert (ROOT / tests).exists() and len(steps) == 10, said
+    assert (ROOT / tests).exists() and len(steps) == 11, said
     for script, *words in steps:
         SCRIPTS[script].main(SCRIPTS[script].arguments(words), words)
     tables = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").glob("*.md")}
-    assert tables.keys() == {"kernels_tiny.md", "overhead_tiny_compiled.md", "peers_tiny.md", "step_tiny.md", "tune.md",
-                             "profile_tiny_unified_compiled.md", "profile_tiny_baseline_compiled.md"}
+    assert tables.keys() == {"kernels_tiny.md", "overhead_tiny_compiled.md", "peers_tiny.md", "tune.md",
+                             *(f"step_tiny_{name}.md" for name in ("baseline", "unified")),
+                             *(f"profile_tiny_{name}_compiled.md" for name in ("baseline", "unified"))}
     profile = tables["profile_tiny_unified_compiled.md"]
     assert "| aten::mm |" in profile and "Without the profiler a step takes" in profile
