@@ -59,6 +59,11 @@ def hf_names(name, n_experts):
     return [theirs.format(e=e) for e in range(n_experts)] if "{e}" in theirs else [theirs]
 
 
+def norms_of(config):
+    """The settings of a GPTConfig that put a norm after a branch."""
+    return [name for name in (*PLACES, "qk_norm") if getattr(config, name) in (True, *NORMED)]
+
+
 def parts(model):
     """
     A GPT in parts: ({prefix: Branches}, {name: ScaleVector that is in none of them}, {name: any other tensor of its
@@ -139,9 +144,7 @@ def load(model, tensors):
     norms = {}
     for prefix, b in branches.items():
         name = ".".join(prefix.split(".")[:3]) + "_norm" if prefix else "norm"
-        if name not in norms:  # several branches may share this γ
-            norms[name] = take(name, torch.empty(model.config.n_embd), 1.0)
-        norm = norms[name]
+        norm = norms.setdefault(name, take(name, torch.empty(model.config.n_embd), 1.0))  # router and experts share it
         gammas += [(name, v, norm) for v in b.v.values()]
         for c, _, v in b.vectors():
             if b.weight[c] is not model.wte:
@@ -162,10 +165,10 @@ def load(model, tensors):
 # ---------------------------------------------------------------------------------------------------------------
 # Hugging Face's classes
 
+
 def hf_type(config, tensors):
     """The model_type that computes a folded model: 'llama' or 'mixtral' where that does, else 'nanoscale'."""
-    normed = config.qk_norm or any(getattr(config, name) in NORMED for name in PLACES)
-    if config.arch != "llama" or normed or config.n_embd % config.n_head:  # theirs: heads divide the width
+    if config.arch != "llama" or norms_of(config) or config.n_embd % config.n_head:  # theirs: heads divide the width
         return "nanoscale"
     if not config.n_experts:
         return "llama"
@@ -187,10 +190,8 @@ def hf_config(kind, config, tokenizer):
         told["auto_map"] = {"AutoConfig": "modeling_nanoscale.NanoScaleConfig",
                             "AutoModel": "modeling_nanoscale.NanoScaleModel",
                             "AutoModelForCausalLM": "modeling_nanoscale.NanoScaleForCausalLM"}
-    if kind == "mixtral":
-        told["sliding_window"] = None
-        if config.expert_dim % 8 or config.n_embd % 8:  # transformers' grouped GEMM takes only rows of whole 16 bytes
-            told["experts_implementation"] = "eager"
+    if kind == "mixtral" and (config.expert_dim % 8 or config.n_embd % 8):
+        told["experts_implementation"] = "eager"  # transformers' grouped GEMM takes only rows of whole 16 bytes
     return told
 
 
@@ -255,8 +256,8 @@ def read_config(folder):
 
 def read_tensors(folder):
     """
-    The tensors of such a folder, in fp32 and under our names. Raises ConfigError, also where config.json asks for much
-    more than there is, so that the caller can make a model for them.
+    The tensors of such a folder, in fp32, named as in a folded model. Raises ConfigError, also where config.json asks
+    for much more than there is, so that the caller can make a model for them.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
@@ -332,20 +333,21 @@ def adopt(s):
         take_shape(s, {name: saved[name] for name in (*SHAPE, "qkv_norm", "qk_norm") if name in saved}, run)
         return None, ""
     source, tokenizer = read_config(s.init_from)
-    normed = source.qk_norm or source.arch == "gemma" or {source.attn_placement, source.v_placement} & {*NORMED}
-    names = SHAPE + (("qk_norm",) if source.qk_norm else ()) + (("qkv_norm",) if normed else ())
-    take_shape(s, {name: getattr(source, name) for name in names}, s.init_from)
-    made, new = gpt_config(s), []
-    for name in (*PLACES, "qk_norm"):
-        mine, theirs = getattr(made, name), getattr(source, name)
-        has, had = mine in (True, *NORMED), theirs in (True, *NORMED)
-        if had and not has:
-            raise ConfigError(f"{s.init_from} was trained with norms there, and {name} {mine!r} has none: set it to "
-                              f"dual_norm or norm")
-        if has and not had:
-            new.append(f"{name}={mine}")
-    return tokenizer, (f"{' and '.join(new)}: {s.init_from} was trained without these norms, so the first loss is not "
-                       f"that model's" if new else "")
+    had, shape = norms_of(source), {name: getattr(source, name) for name in SHAPE}
+    if source.qk_norm:
+        shape["qk_norm"] = True
+    if source.arch == "gemma" or {"attn_placement", "v_placement", "qk_norm"} & {*had}:
+        shape["qkv_norm"] = source.qkv_norm
+    take_shape(s, shape, s.init_from)
+    made = gpt_config(s)
+    has = norms_of(made)
+    for name in had:
+        if name not in has:
+            raise ConfigError(f"{s.init_from} was trained with norms there, and {name} {getattr(made, name)!r} has "
+                              f"none: set it to dual_norm or norm")
+    new = " and ".join(f"{name}={getattr(made, name)}" for name in has if name not in had)
+    return tokenizer, new and (f"{new}: {s.init_from} was trained without these norms, so the first loss is not that "
+                               f"model's")
 
 
 def take_shape(s, shape, where):
