@@ -18,7 +18,6 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,23 +34,6 @@ def arguments(args=None):
                         help="the folder of a run, with its ckpt.pt, or one that export.py wrote")
     parser.add_argument("--out", required=True, type=os.path.expanduser, help="the folder to write")
     return parser.parse_args(args)
-
-
-@contextmanager
-def new_folder(path):
-    """
-    A temporary folder to fill. It becomes `path` if all goes well, and is deleted if not. Raises ConfigError where
-    `path` is there already, unless it is an empty folder.
-    """
-    path = Path(os.path.realpath(path))  # unlike resolve(), no error for links in a circle
-    if os.path.lexists(path) and not (path.is_dir() and not os.listdir(path)):
-        raise ConfigError(f"{path} is there already; delete it, or name another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".") as tmp:
-        part = Path(tmp, path.name)
-        part.mkdir()
-        yield part
-        os.rename(part, path)
 
 
 def write_tokenizer(folder, tokenizer, config):
@@ -131,8 +113,14 @@ def main(args):
     kind = hf_type(config, tensors)
     said = hf_config(kind, config, tokenizer)
     (reader,) = said["architectures"]
+    out = Path(os.path.realpath(args.out))  # unlike resolve(), no error for links in a circle
     try:
-        with new_folder(args.out) as folder:
+        if os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
+            raise ConfigError(f"{out} is there already; delete it, or name another folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=".") as tmp:  # gone afterwards, whatever happens
+            folder = Path(tmp, out.name)
+            folder.mkdir()
             (folder / "config.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
             weights = save(hf_tensors(kind, config, tensors), {"format": "pt"})
             (folder / "model.safetensors").write_bytes(weights)
@@ -140,6 +128,7 @@ def main(args):
             if kind == "nanoscale":
                 shutil.copyfile(Path(__file__).with_name("modeling_nanoscale.py"), folder / "modeling_nanoscale.py")
             compare(folder, model, reader)
+            os.rename(folder, out)
     except (OSError, SafetensorError) as e:  # safetensors reads no path that is not UTF-8
         raise ConfigError(f"{args.out} cannot be written: {e}") from None
     count = {key: x.numel() for key, x in tensors.items() if not key.endswith("bias")}

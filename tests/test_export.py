@@ -322,7 +322,7 @@ def test_paths_that_are_not_utf8(tmp_path):
 def old_settings(path):
     settings = {**asdict(configure(Settings, TINY)[0]), "colour": "red"}
     torch.save({"model": GPT(GPTConfig(n_layer=1)).state_dict(), "optimizers": [], "step": 0, "settings": settings,
-                "tokenizer": "bytes", "data": {}, "rng": torch.get_rng_state()}, path / "ckpt.pt")
+                "tokenizer": "bytes", "data": {}, "scaler": {}, "rng": torch.get_rng_state()}, path / "ckpt.pt")
 
 
 @pytest.mark.parametrize("damage,message", [
