@@ -5,8 +5,8 @@ Kill a run with SIGKILL again and again, resume it each time, and compare its en
     python tests/faults.py --kills 100 --steps 40
 
 A run that was killed seven times goes on to its end, is compared bit for bit, and another one begins, until all kills
-are spent. A kill falls at one of three moments, in turn: at any time since the process started, at any time while it
-trains, and as soon as the temporary file of a checkpoint is seen.
+are spent. A kill falls at one of three moments, in turn: at any time since the process started, at any time after its
+first checkpoint, and after that as soon as the temporary file of a checkpoint is seen.
 """
 
 import random
@@ -48,15 +48,14 @@ def same(a, b):
 
 def attempt(args, out, moment, rng):
     """Run args and kill it at the moment. Returns whether it was writing a checkpoint, or None if it had ended."""
-    tmp, log = out / "ckpt.pt.tmp", out / "log.csv"
-    seen = log.stat().st_mtime_ns if log.exists() else 0
+    tmp, ckpt = out / "ckpt.pt.tmp", out / "ckpt.pt"
+    seen = ckpt.stat().st_mtime_ns if ckpt.exists() else 0
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if moment == 0:
         wait_until = time.monotonic() + rng.uniform(0, 4)
         trigger = lambda: time.monotonic() > wait_until
     else:
-        # log.csv is rewritten when a resumed run begins to train
-        began = lambda: log.exists() and log.stat().st_mtime_ns > seen
+        began = lambda: ckpt.exists() and ckpt.stat().st_mtime_ns > seen
         while process.poll() is None and not began():
             time.sleep(0.002)
         wait_until = time.monotonic() + rng.uniform(0, 0.5)
