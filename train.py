@@ -87,7 +87,7 @@ def prepare_data(s, here=True):
 def open_data(s, rank, distributed):
     """
     Return (training Tokens, validation Tokens, their fingerprints). Sets a vocab_size of 0 to the data's. Raises
-    DataError.
+    ConfigError.
     """
     folder = prepare_data(s, here=rank == 0)
     if distributed:
@@ -238,7 +238,7 @@ def settle_routers(model, n_micro, world):
 
 
 def main(s, config_files=()):
-    """Train, evaluate, save and report as the settings s say. Raises ConfigError, DataError, Diverged, OSError."""
+    """Train, evaluate, save and report as the settings s say. Raises ConfigError, Diverged, OSError."""
     s.out_dir = os.path.expanduser(s.out_dir or default_out_dir(config_files))
     rank, world, distributed = processes()
     machine = pick_device(s)
@@ -384,7 +384,7 @@ def report(s, model, val_data, val_loss, rate, device, world):
     if s.sample_tokens:
         try:
             show_sample(model, val_data.tokenizer, s, device)
-        except (RuntimeError, ValueError) as e:  # DataError is a ValueError: the BPE files may be missing
+        except (RuntimeError, ValueError) as e:  # ConfigError is a ValueError: the BPE files may be missing
             print(f"no sample: {' '.join(str(e).splitlines())}")
     print(f"pictures: {shlex.join(['python', 'plot.py', s.out_dir])}")
 
