@@ -85,8 +85,9 @@ def compare(folder, model, reader):
     transformers.utils.logging.disable_progress_bar()
     module = "modeling_nanoscale" if reader == "NanoScaleForCausalLM" else "transformers"
     idx = torch.arange(min(model.config.block_size, 64))[None] * 7 % model.config.vocab_size
-    theirs = getattr(import_module(module), reader).from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), TemporaryDirectory() as tmp:
+        Path(tmp, "model").symlink_to(folder)  # transformers reads only paths in UTF-8
+        theirs = getattr(import_module(module), reader).from_pretrained(Path(tmp, "model"), dtype=torch.float32)
         computed, expected = theirs(idx).logits, model(idx)[0]
     # the median over tokens of each one's largest error: rounding may send a token to another expert
     error = ((computed - expected).abs().amax(-1).median() / expected.abs().max()).item()
@@ -98,7 +99,6 @@ def compare(folder, model, reader):
 def main(args):
     try:
         import transformers  # noqa: F401
-        from safetensors import SafetensorError
         from safetensors.torch import save
     except ImportError:
         raise ConfigError("an export needs Hugging Face's transformers: pip install transformers") from None
@@ -129,7 +129,7 @@ def main(args):
                 shutil.copyfile(Path(__file__).with_name("modeling_nanoscale.py"), folder / "modeling_nanoscale.py")
             compare(folder, model, reader)
             os.rename(folder, out)
-    except (OSError, SafetensorError) as e:  # safetensors reads no path that is not UTF-8
+    except OSError as e:
         raise ConfigError(f"{args.out} cannot be written: {e}") from None
     count = {key: x.numel() for key, x in tensors.items() if not key.endswith("bias")}
     vectors = sum(n for key, n in count.items() if key.endswith("norm.weight"))

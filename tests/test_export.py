@@ -312,11 +312,11 @@ def test_an_export_can_be_exported_again_and_replaces_nothing(run, tmp_path):
 
 
 def test_paths_that_are_not_utf8(tmp_path):
+    sys.stdout.reconfigure(errors="replace")  # as streams() does
     name = os.fsdecode(b"r\xffn")
-    save_run(tmp_path / name, config_args("unified"))
-    export_to(tmp_path / name, tmp_path / "out")
-    with refused("cannot be written", "is not valid UTF-8"):  # transformers could not read it either
-        export_to(tmp_path / name, tmp_path / f"{name}.out")
+    model = save_run(tmp_path / name, config_args("unified"))
+    export_to(tmp_path / name, tmp_path / f"{name}.out")
+    same(logits(open_model(tmp_path / f"{name}.out")[0]), logits(model))
 
 
 def old_settings(path):
