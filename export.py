@@ -6,10 +6,10 @@ Write a trained model, its scale vectors folded into the weights, as a Hugging F
 transformers, lm_eval and llama.cpp's convert_hf_to_gguf.py read it; so do sample.py and train.py --init_from. A model
 without norms after its branches (placement input, after or dual) becomes a LlamaForCausalLM, or a MixtralForCausalLM.
 No class of transformers has norms after v, gate, up or the LM head. So models with DNP, QK-norm, Gemma's layout, a
-shared expert or another router than Mixtral's come with modeling_nanoscale.py: load them with trust_remote_code=True.
+shared expert, or a router other than Mixtral's come with modeling_nanoscale.py: load them with trust_remote_code=True.
 llama.cpp cannot run these.
 
-A text becomes its own tokens and nothing else. To begin a document, write <|endoftext|> before it, as sample.py does.
+The tokenizer adds no special tokens. To begin a document, write <|endoftext|> before it, as sample.py does.
 Needs transformers, and checks with it that the folder computes the model's logits.
 """
 

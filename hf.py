@@ -28,7 +28,7 @@ NORMED = ("norm", "dual_norm")  # placements with a norm after the linear map
 PLACES = ("attn_placement", "v_placement", "ffn_placement", "head_placement")
 TYPES = get_type_hints(GPTConfig, include_extras=True)
 
-# Our setting -> its name in a config.json, and what a Mixtral and our own class have besides.
+# Our setting -> its name in a config.json, and what a Mixtral and our own class have in addition.
 HF_SETTINGS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
                "d_head": "head_dim", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
                "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps",
@@ -38,8 +38,9 @@ OURS = ("arch", *MIXTURE, "scale_vectors", *PLACES, "qkv_norm", "qk_norm")
 HF_MORE = {"llama": {}, "nanoscale": {name: name for name in OURS}, "mixtral": {
     "n_experts": "num_local_experts", "expert_dim": "intermediate_size", "experts_per_token": "num_experts_per_tok"}}
 
-# Each word of our tensors' names -> Hugging Face's: blocks.0.attn.q is model.layers.0.self_attn.q_proj.weight. A _scale
-# is a γ that is left after a branch, a _norm that of a Pre-Norm, which only a Llama has. {e} counts experts.
+# Each word of our tensors' names -> Hugging Face's: blocks.0.attn.q is model.layers.0.self_attn.q_proj.weight. Names in
+# _scale and _post are the γ that stay; those in _norm belong to Pre-Norms, and only Hugging Face's Llama has them. {e} is
+# an expert's number.
 WORDS = {"wte": "model.embed_tokens", "lm_head": "lm_head", "lm_head_scale": "lm_head.norm", "norm": "model.norm",
          "blocks": "model.layers", "attn": "self_attn", "attn_norm": "input_layernorm", "attn_post": "attn_post_norm",
          "ffn": "mlp", "ffn_norm": "post_attention_layernorm", "ffn_post": "mlp_post_norm",
@@ -50,7 +51,7 @@ MIXTRAL_WORDS = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", 
 
 
 def hf_names(name, n_experts):
-    """The names of a tensor of ours in Hugging Face's files, as a list: one, or one per expert."""
+    """The names of one of our tensors in Hugging Face's files, as a list: one name, or one per expert."""
     try:
         theirs = ".".join(word if word.isdigit() else WORDS[word] for word in name.split("."))
     except KeyError:
@@ -168,7 +169,8 @@ def load(model, tensors):
 
 def hf_type(config, tensors):
     """The model_type that computes a folded model: 'llama' or 'mixtral' where that does, else 'nanoscale'."""
-    if config.arch != "llama" or norms_of(config) or config.n_embd % config.n_head:  # theirs: heads divide the width
+    # transformers' Llama refuses a width that the number of heads does not divide
+    if config.arch != "llama" or norms_of(config) or config.n_embd % config.n_head:
         return "nanoscale"
     if not config.n_experts:
         return "llama"
@@ -212,7 +214,7 @@ def hf_tensors(kind, config, tensors):
 
 HF_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6,
                    rope_theta=10000.0, tie_word_embeddings=False)  # Llama's
-# What else changes the function that transformers computes, and the values that a GPT can have there.
+# Other settings that change what transformers' Llama computes, and the values under which a GPT computes the same.
 HF_FIXED = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish"),
             "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1, None),
             "is_causal": (True,), **dict.fromkeys(("sliding_window", "quantization_config"), (None,)),
@@ -233,13 +235,14 @@ def read_config(folder):
     kind, tokenizer = said.get("model_type"), said.get("nanoscale_tokenizer")
     try:
         if kind != "llama" and (tokenizer is None or kind not in list(HF_MORE)):
-            raise ConfigError(f"model_type is {kind!r}; nanoScale reads Llamas and the folders that export.py wrote")
-        # RoPE's settings are in dicts of their own, in transformers 5 and 4, or among the others
+            raise ConfigError(f"model_type is {kind!r}; nanoScale reads Llamas and folders that export.py wrote")
+        # RoPE's settings are in a dict of their own (rope_parameters in transformers 5), or among the others
         pairs = [pair for part in ("rope_scaling", "rope_parameters") for pair in (said.get(part) or {}).items()]
         pairs += said.items()
         for name, value in pairs:
             if value not in HF_FIXED.get(name, [value]):
-                raise ConfigError(f"its {name} is {value!r}, and in nanoScale's models it is {HF_FIXED[name][0]!r}")
+                raise ConfigError(f"its {name} is {value!r}; nanoScale reads only models where it is "
+                                  f"{HF_FIXED[name][0]!r}")
         bases = [value for name, value in pairs if name == "rope_theta"]
         if any(base != bases[0] for base in bases):  # versions of transformers differ in which one they take
             raise ConfigError(f"it has several values of rope_theta: {', '.join(map(repr, bases))}; keep one")
@@ -277,7 +280,7 @@ def read_tensors(folder):
     wanted = config.vocab_size * config.n_embd + config.n_layer * block + config.block_size * config.d_head
     found = sum(x.numel() for x in tensors.values())
     if wanted > 2 * found + 2**28:
-        raise ConfigError(f"config.json asks for at least {wanted:,} numbers, and the weights are {found:,}")
+        raise ConfigError(f"config.json describes at least {wanted:,} numbers, but the weights are only {found:,}")
     ours = {theirs: word for word, theirs in MIXTRAL_WORDS.items()}
     tensors = {name: x.float() for name, x in renamed(tensors, ours).items()
                if not name.endswith("rotary_emb.inv_freq")}  # old Llamas store this table, which rope_theta gives
@@ -323,9 +326,9 @@ def adopt(s):
     Scale vectors, placements and block_size stay the user's. A resumed run takes its shape from its own folder, so
     that s.init_from may be gone by then.
 
-    Returns (tokenizer or None, a line to print or ""). The line says which norms the settings add: no weights can then
-    give the folder's function. Raises ConfigError where settings contradict the folder, or drop norms that the weights
-    were trained with.
+    Returns (tokenizer or None, a line to print or ""). The line says which norms the settings add: with them
+    no weights compute the folder's function. Raises ConfigError where settings contradict the folder, or drop norms
+    that the weights were trained with.
     """
     run = os.path.join(s.out_dir, "config.json")
     if s.resume and os.path.exists(run):

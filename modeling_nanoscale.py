@@ -1,6 +1,6 @@
 """
-nanoScale's models for Hugging Face transformers, where no class of theirs computes them: with norms after q, k, v,
-gate, up or the LM head (DNP), in Gemma's layout, or with a shared expert or another router than Mixtral's.
+nanoScale's models in Hugging Face transformers, where none of its own classes can compute them: with norms after q, k,
+v, gate, up or the LM head (DNP), in Gemma's layout, or with a shared expert or a router other than Mixtral's.
 
 It is transformers' Llama with other layers. The scale vectors are folded: only those that no weight can absorb are
 left. export.py puts this file next to the weights; load them with trust_remote_code=True. It needs nothing else and
@@ -37,8 +37,8 @@ class NanoScaleConfig(llama.LlamaConfig):
     experts_per_token: int = 2
     expert_dim: int = 0
     shared_dim: int = 0  # width of the expert that every token goes through; 0 for none
-    # Weights of the chosen experts: a 'softmax' over them, their part of a softmax over all ('softmax_all'), or a
-    # 'sigmoid' divided by its sum over them.
+    # Weights of the chosen experts: a 'softmax' over their logits, their shares of a softmax over all ('softmax_all'),
+    # or their 'sigmoid's divided by the sum of these.
     router: str = "softmax"
 
     def validate(self):
@@ -46,7 +46,7 @@ class NanoScaleConfig(llama.LlamaConfig):
 
 
 class NanoScaleRMSNorm(nn.Module):
-    """γ ⊙ x / sqrt(mean(x²) + ε), in fp32. group: channels that the mean is over. n: length of γ; 0 is no γ."""
+    """γ ⊙ x / sqrt(mean(x²) + ε), in fp32. group: how many channels a mean covers. n: length of γ; 0 for none."""
 
     def __init__(self, group, eps, n=0):
         super().__init__()
@@ -61,7 +61,7 @@ class NanoScaleRMSNorm(nn.Module):
 
 
 def norm_after(config, placement, n, group=None, own_u=True):
-    """The norm after a branch of width n, or nothing. own_u: False where u is in the next matrix."""
+    """The norm after a branch of width n, if there is one. own_u: False where u is folded into the next matrix."""
     if placement == "input":
         return nn.Identity()
     scaled = own_u and placement == "dual_norm" and config.scale_vectors

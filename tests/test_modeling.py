@@ -131,7 +131,7 @@ def test_saved_and_loaded(kind, dtype, tmp_path):
 
 
 @each_kind
-def test_a_fresh_model_has_no_weight_left_to_chance(kind):
+def test_every_weight_of_a_fresh_model_is_initialised(kind):
     torch.manual_seed(1)
     fresh = NanoScaleForCausalLM(make(kind).config)
     for name, p in fresh.named_parameters():
