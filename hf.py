@@ -39,8 +39,8 @@ HF_MORE = {"llama": {}, "nanoscale": {name: name for name in OURS}, "mixtral": {
     "n_experts": "num_local_experts", "expert_dim": "intermediate_size", "experts_per_token": "num_experts_per_tok"}}
 
 # Each word of our tensors' names -> Hugging Face's: blocks.0.attn.q is model.layers.0.self_attn.q_proj.weight. Names in
-# _scale and _post are the γ that stay; those in _norm are the γ of Pre-Norms, which only Hugging Face's Llama has. {e} is
-# the number of an expert.
+# _scale and _post are the γ that stay; those in _norm are the γ of Pre-Norms, which only Hugging Face's Llama has. {e}
+# is the number of an expert.
 WORDS = {"wte": "model.embed_tokens", "lm_head": "lm_head", "lm_head_scale": "lm_head.norm", "norm": "model.norm",
          "blocks": "model.layers", "attn": "self_attn", "attn_norm": "input_layernorm", "attn_post": "attn_post_norm",
          "ffn": "mlp", "ffn_norm": "post_attention_layernorm", "ffn_post": "mlp_post_norm",

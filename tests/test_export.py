@@ -330,7 +330,7 @@ def old_settings(path):
     (lambda path: path.rmdir() or path.symlink_to(path), "config.json: cannot be read: Too many levels"),
     (lambda path: None, "config.json: there is no such file"),
     (lambda path: (path / "ckpt.pt").write_text("not a checkpoint"), "cannot be read as a checkpoint"),
-    (lambda path: (path / "config.json").write_text('{"settings": {}}'), "reads Llamas and the folders that export.py"),
+    (lambda path: (path / "config.json").write_text('{"settings": {}}'), "reads Llamas and folders that export.py"),
     (old_settings, "of another version of nanoScale")],
     ids=["nothing there", "circle", "empty", "text", "a run's config", "old settings"])
 def test_what_is_not_ours_is_refused_in_one_line(damage, message, tmp_path):
