@@ -331,7 +331,7 @@ class Runner:
     def __init__(self, suite):
         self.suite, self.opt, self.edited = suite, suite.opt, False
         self.signals, self.failed = [], {}  # failed: {folder: why}
-        self.running = {}  # {slot: (cell, process, when it started)}, a slot for each of `jobs`
+        self.running = {}  # {slot: (cell, process, when it started)}, one slot per job
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.gpus = names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
         self.threads = max(1, torch.get_num_threads() // (self.opt.jobs * self.opt.nproc))

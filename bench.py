@@ -330,7 +330,7 @@ def make_arm(strategy, way, a):
 
 
 def compare(arms, flops, a):
-    """(A row for each of arms, (name, way) -> Arm, a note on the columns.) flops: per token."""
+    """(One row per arm of arms, (name, way) -> Arm, and a note on the columns.) flops: per token."""
     memory = {key: arm.memory_mb() for key, arm in arms.items()}
     timed = {key: lambda arm=arm: arm.seconds(a.block) for key, arm in arms.items()}
     times, rows = alternate({**timed, "matmul": a.ceilings.matmul}, a.rounds, a.until), []

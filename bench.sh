@@ -4,7 +4,7 @@
 #     bash bench.sh --minutes=12 --out=results/bench
 #
 #     gpu_tests                    are the results right on this GPU?
-#     tune                         which constants make the kernels fastest? The steps after it use them.
+#     tune                         which constants make the kernels fastest? bench.py then uses them.
 #     overhead                     what does each strategy add to a step's time and memory?
 #     profile_unified, _baseline   where does the time of a step go?
 #     peers                        is a step as fast as Hugging Face's Llama and nanoGPT (--nanogpt=PATH, a clone)?

@@ -65,7 +65,7 @@ def check(name, value, hint):
 
 def check_all(values, hints, where):
     """
-    A dict of what check returns for each value. hints: {name: hint} of the settings that there are
+    A dict of what check returns for each value. hints: {name: hint} of the settings that there are.
     Raises ConfigError, whose message begins with `where`.
     """
     for name in values:
