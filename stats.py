@@ -89,8 +89,8 @@ def summarise(rows):
     The dict: lr, reference, losses {seed: nats}, runs {seed: cell}, mean, params, tokens, flops; an arm that diverged
     with any seed is left out. Where the reference counts too and they share seeds: pairs (how many), added
     (parameters), delta and half (mean paired difference and half of its interval), p and verdict. With two pairs or
-    more, p is Holm's, the interval is at the level at which Holm tests the arm, and the verdict is 'better' or 'worse' if
-    the interval excludes 0, else 'not significant'. With one pair, half and p are None.
+    more, p is Holm's, the interval is at the level at which Holm tests the arm, and the verdict is 'better' or 'worse'
+    if the interval excludes 0, else 'not significant'. With one pair, half and p are None.
     """
     found = defaultdict(dict)
     for row in rows:
