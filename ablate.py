@@ -220,7 +220,7 @@ def outcome(cell):
            "code": cell.content[-1], "commit": made["git_commit"], "torch": made["versions"]["torch"],
            "device": made["device"], "cell": cell.folder.name}
     return {"row": dict.fromkeys(COLUMNS) | row,
-            "curves": evaluations(cell, "log.csv", ["step", "tokens", "val_loss"], 40),
+            "curves": evaluations(cell, "log.csv", ["step", "tokens", "val_loss", "logit_std"], 40),
             "scales": evaluations(cell, "scales.csv", ["step", "name", "mean", "std", "norm", "cosine"], 12)}
 
 

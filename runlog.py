@@ -18,7 +18,8 @@ from devices import device_name
 from norms import ScaleVector
 from runs import CSVLog, git_commit, set_aside, versions, write_whole
 
-LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "skipped", "tokens_per_second"]
+LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "logit_std", "lr", "grad_norm", "skipped",
+               "tokens_per_second"]
 EXPERT_COLUMNS = ["step", "layer", "load_max", "idle", "entropy"]
 SCALE_COLUMNS = ["step", "name", "role", "mean", "std", "min", "max", "norm", "cosine"]
 

@@ -41,7 +41,7 @@ SUITES = {  # figure1 to figure10 are the paper's; the others are ours
                 Arm("HG+DNP+OR+IWD", "unified", "HG+DNP+OR"), Arm("HG+DNP+ER+IWD", "hg_dnp_er_iwd", "HG+DNP+OR"),
                 Arm("HG+DNP+IWD", "hg_dnp_iwd", "HG+DNP")],  # the paper does not have it
     # which part of the LM head makes HG+DNP worse: the norm on the logits, its u, or the decay on that u?
-    "head": [Arm("HG+DNP", "hg_dnp"), Arm("HG", "hg", "HG+DNP"),
+    "head": [Arm("HG+DNP", "hg_dnp"),
              Arm("head DP", "hg_dnp --head_placement=dual", "HG+DNP"),
              Arm("head without u and norm", "hg_dnp --head_placement=input", "HG+DNP"),
              Arm("no decay on u", "hg_dnp_iwd", "HG+DNP"),

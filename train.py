@@ -181,18 +181,25 @@ def to_device(arrays, device):
 
 @torch.no_grad()
 def evaluate(model, data, s, device, rank, world):
-    """Mean loss over eval_tokens spread over all of the validation split: the same at every step, on any world."""
+    """
+    Return (mean loss over eval_tokens, which are spread over all of the validation split: the same at every step, on
+    any world; standard deviation of a token's logits over the vocabulary, the mean over the first sequence, nan on
+    every rank but 0).
+    """
     windows = data.spread(s.eval_tokens)
-    total = 0.0
+    total, logit_std = 0.0, math.nan
     for first in range(rank * s.micro_batch, len(windows), world * s.micro_batch):
         batch = windows[first:first + s.micro_batch]
         x, y = to_device(data.window(batch), device)
-        total += model(x, y)[1].item() * len(batch)
+        logits, loss = model(x, y)
+        total += loss.item() * len(batch)
+        if first == 0:
+            logit_std = logits[0].float().std(-1).mean().item()
     if world > 1:
         total = torch.tensor(total, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         total = total.item()
-    return total / len(windows)
+    return total / len(windows), logit_std
 
 
 def update(model, optimizers, scaler, loss, stop, s, world):
@@ -320,8 +327,8 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
             last = step == end or stopping
             if step > first_step or step == 0:
                 if step % s.eval_interval == 0 or step == s.max_steps:
-                    val_loss = evaluate(model, val_data, s, device, rank, world)
-                    row["val_loss"] = f"{val_loss:.6f}"
+                    val_loss, logit_std = evaluate(model, val_data, s, device, rank, world)
+                    row.update(val_loss=f"{val_loss:.6f}", logit_std=f"{logit_std:.6g}")
                 if master and (step % s.log_interval == 0 or "val_loss" in row or last):
                     log.write(step, row, skipped, routed, seconds, raw_model)
                 if step > 0 and (step % s.save_interval == 0 or last):

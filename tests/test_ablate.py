@@ -227,7 +227,7 @@ if seed == 77 and not (out / "ckpt.pt").exists():
     (out / "waiting").write_text("")
     time.sleep(60)
 rows = [f"{step},{step},{3 + lr + seed / 100 + ('reparam' in own) / 10 if step % 4 == 0 else ''}" for step in range(9)]
-(out / "log.csv").write_text("\\n".join(["step,tokens,val_loss", *rows, ""]))
+(out / "log.csv").write_text("\\n".join(["step,tokens,val_loss,logit_std", *(row + ",1" for row in rows), ""]))
 (out / "scales.csv").write_text("step,name,mean,std,norm,cosine\\n8,v,1,1,1,1\\n")
 (out / "ckpt.pt").write_text("")
 """

@@ -181,8 +181,13 @@ def test_evaluation_covers_the_whole_validation_split(settings, tmp_path, monkey
     data = train.Tokens(tmp_path, "val", s.block_size, s.vocab_size)
     monkeypatch.setattr(train.dist, "all_reduce", lambda total: None)  # of two processes each returns its own part
 
+    def model(x, y):  # a token's logits are ±3
+        return x[..., None] % 2 + torch.tensor([-3.0, 3.0]).repeat(500), y.double().mean()
+
     def loss(rank, world):
-        return train.evaluate(lambda x, y: (None, y.double().mean()), data, s, torch.device("cpu"), rank, world)
+        loss, logit_std = train.evaluate(model, data, s, torch.device("cpu"), rank, world)
+        assert logit_std == pytest.approx(3, rel=1e-2) if rank == 0 else math.isnan(logit_std)
+        return loss
     for s.eval_tokens in (0, 8 * s.block_size, 100 * s.block_size):
         assert loss(0, 1) == pytest.approx(20, abs=0.1)
         assert loss(0, 2) + loss(1, 2) == pytest.approx(loss(0, 1), abs=1e-9)
