@@ -59,10 +59,12 @@ def agrees(number, arm):
 
 def statements(folder, paper):
     """
-    The rows of the table: one per comparison of every suite. A comparison that several suites make is quoted from the
-    first of them, so that it has one verdict.
+    Return (the rows of the table, {suite: number of comparisons that have not run and that the paper does not make}).
+
+    A row is a comparison of a suite. One that several suites make is quoted from the first of them, so that it has one
+    verdict.
     """
-    rows, seen = [], set()
+    rows, missing, seen = [], Counter(), set()
     for suite in ORDER:
         lab, larger = (summarise(read_csv(folder / f"{suite}{size}" / "results.csv")) for size in ("", LARGER))
         planned = {arm.name: arm for arm in SUITES[suite]}
@@ -78,12 +80,15 @@ def statements(folder, paper):
                 seen.add(words)
             figure = "figure10" if suite == "primary" else suite  # where the paper compares the two at one size
             panel, number = paper.get((figure, name, reference), ("", None))
+            if number is None and name not in lab and name not in larger:
+                missing[suite] += 1
+                continue
             theirs = "" if number is None else "no difference" if number == 0 else f"{number:+.4f} ({panel})"
             what = name if " vs " in name else f"{name} vs {reference}"
             link = f"[{suite}]({suite}{'' if lab else LARGER}/results.md)" if lab or larger else suite
             arms = [compared(results, name) for results in (lab, larger)]
             rows.append([link, escaped(what), theirs, *map(ours, arms), agrees(number, arms[0] or arms[1])])
-    return rows
+    return rows, missing
 
 
 def fit_lines(folder):
@@ -123,8 +128,11 @@ def commands(folder):
 def tables(folder=HERE):
     """The text between the two marks: the paper's numbers and ours, and the commands with their durations."""
     head = ["suite", "comparison", "paper", "lab size (0.27M), interval, verdict", "0.86M", "same direction"]
-    lines = markdown_table(head, statements(folder, paper_numbers()))
-    lines += ["", *fit_lines(folder), ""]
+    rows, missing = statements(folder, paper_numbers())
+    lines = [*markdown_table(head, rows), "", *fit_lines(folder)]
+    if missing:
+        lines.append(f"- Not run yet, and not in the paper: {', '.join(f'{n} of {s}' for s, n in missing.items())}.")
+    lines.append("")
     if made := commands(folder):
         lines += markdown_table(["suite", "seeds", "hours", "command"], made)
     return "\n".join(lines)
