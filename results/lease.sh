@@ -2,7 +2,7 @@
 # The experiments that need a GPU, each one command that can be repeated until it is done:
 #
 #     bash results/lease.sh small --minutes=9    # 0.86M parameters: figure5, then head, by the paper's protocol
-#     bash results/lease.sh lab --minutes=4      # head at the lab size
+#     bash results/lease.sh lab --minutes=9      # the suites that have not run at the lab size, by the same protocol
 #     bash results/lease.sh large --minutes=9    # 10M parameters, all Python source of the machine, one epoch at most
 #
 # 16 cells run at a time and share the GPU by NVIDIA's MPS, each with CUDA graphs, in fp32 with TF32 products. On an H200
@@ -44,8 +44,10 @@ case $what in
     suite figure5_0.86M figure5 "${shape[@]}" --tune=reference --seeds=11,12,13,14,15 "${tiny[@]}"
     suite head_0.86M head "${shape[@]}" --tune=reference --seeds=11,12,13,14,15 "${tiny[@]}" ;;
   lab)
-    shape=(config/size/lab.py --dtype=float32 --compile=True --lrs=4e-3,8e-3,16e-3,32e-3 --tune=reference)
-    suite head head "${shape[@]}" --seeds=1,2,3,4,5 "${tiny[@]}" ;;
+    shape=(config/size/lab.py --dtype=float32 --compile=True --lrs=2e-3,4e-3,8e-3,16e-3,32e-3 --tune=reference)
+    for name in figure1 figure8 figure9 start figure3 figure6 figure7; do
+      suite $name $name "${shape[@]}" --seeds=11,12,13,14,15 "${tiny[@]}"
+    done ;;
   large)
     # 12 layers of width 256. The rate of each arm is its best one at 0.86M times 128/256, the ratio of the widths; light
     # takes unified's. 20 tokens per parameter, or one epoch if the corpus has fewer.
