@@ -402,9 +402,29 @@ def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
+class _RoPE(torch.autograd.Function):
+    # Written out because the formula makes twelve passes over half of x, forward and backward, and joins the halves.
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        (a, b), y = x.chunk(2, dim=-1), x * torch.cat((cos, cos), dim=-1)
+        y_a, y_b = y.chunk(2, dim=-1)
+        y_a.addcmul_(b, sin, value=-1)
+        y_b.addcmul_(a, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return _RoPE.apply(dy, cos, -sin), None, None  # turns back
+
+
 def apply_rope(x, cos, sin):
     """Turn each pair of channels of x, (B, T, n_head, d_head), by its position's angle; cos, sin: (T, d_head/2)."""
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)  # (T, 1, d_head/2)
+    if not torch.compiler.is_compiling():
+        return _RoPE.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 

@@ -115,7 +115,7 @@ class Settings(GPTConfig):
     max_steps: Count = 1000  # optimizer steps
     stop_at: Whole = 0  # stop here but keep the schedule of max_steps; --resume=True continues; 0 is off
     eval_interval: Count = 250  # steps between evaluations
-    eval_tokens: Whole = 131072  # tokens of an evaluation, spread evenly over the validation split; 0 is all of it
+    eval_tokens: Whole = 65536  # tokens of an evaluation, spread evenly over the validation split; 0 is all of it
     log_interval: Count = 10  # steps between rows of the log
     save_interval: Count = 250  # steps between checkpoints
     # the run

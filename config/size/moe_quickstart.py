@@ -7,4 +7,4 @@ dataset = "pysrc"
 batch_tokens, micro_batch = 4096, 16
 max_steps = 700
 lr, warmup_steps = 2e-3, 50
-eval_interval, eval_tokens, save_interval = 100, 131072, 100
+eval_interval, eval_tokens, save_interval = 100, 65536, 100

@@ -5,4 +5,4 @@ dataset = "pysrc"
 batch_tokens, micro_batch = 2048, 16
 max_steps = 1000
 lr, warmup_steps = 6e-3, 100
-eval_interval, eval_tokens, save_interval = 250, 131072, 250
+eval_interval, eval_tokens, save_interval = 250, 65536, 250
