@@ -31,8 +31,7 @@ from model import GPT  # noqa: E402
 from settings import Settings, gpt_config  # noqa: E402
 
 # What a block of threads can have of shared memory, in KiB: compute capabilities in CUDA's guide, and AMD's LDS.
-SHARED = {"75": 64, "80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99,
-          "gfx90a": 64, "gfx942": 64, "gfx1100": 64}
+SHARED = {"75": 64, "80": 163, "86": 99, "90": 227, "100": 227, "gfx942": 64, "gfx1100": 64}
 DTYPES = ("float32", "bfloat16", "float16")
 launches = {}
 SMALL = ["--n_layer=1", "--vocab_size=128", "--block_size=64"]  # one block, since all are alike

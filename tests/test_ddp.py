@@ -129,10 +129,10 @@ def start():
 
 def test_a_stalled_process_ends_the_others_in_one_line(settings, tmp_path, start):
     (tmp_path / "stands.py").write_text(HOOKED.replace("NAME", "SIGSTOP"))
-    first, _ = (start(rank, tmp_path / "stands.py", *flags(settings(dist_timeout=0.5))) for rank in range(2))
+    first, _ = (start(rank, tmp_path / "stands.py", *flags(settings(dist_timeout=0.3))) for rank in range(2))
     error = first.communicate(timeout=600)[1]
     assert first.returncode == 1 and error.count("\n") == 1, error
-    assert "did not answer for 0.5 minutes (--dist_timeout)" in error and "ckpt.pt is kept" in error
+    assert "did not answer for 0.3 minutes (--dist_timeout)" in error and "ckpt.pt is kept" in error
 
 
 def test_a_process_whose_data_is_missing_ends_all_of_them_each_in_one_line(settings, tmp_path, start):

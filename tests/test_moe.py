@@ -265,7 +265,7 @@ def experts_csv(s):
 @pytest.mark.parametrize("kw", [dict(router_aux=0.05), dict(router_aux=0.0, router_bias=0.005, router="sigmoid")],
                          ids=str)
 def test_a_balanced_router_stays_balanced_and_another_does_not(settings, tmp_path, kw):
-    common = dict(n_embd=32, block_size=32, batch_tokens=4096, micro_batch=128, max_steps=160, lr=3e-3, warmup_steps=20,
+    common = dict(n_embd=32, block_size=32, batch_tokens=2048, micro_batch=64, max_steps=160, lr=3e-3, warmup_steps=20,
                   n_experts=8, expert_dim=8, log_interval=5, eval_interval=200, save_interval=200,
                   init_std=0.02, embedding_std=0.02)
     balanced, left = settings(**common, **kw), settings(**common, **{**kw, "router_aux": 0.0, "router_bias": 0.0},
@@ -305,7 +305,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(settings, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("kw", [{}, dict(router_bias=0.01, router_aux=0.0, router="sigmoid")], ids=str)
 def test_losses_and_loads_do_not_depend_on_micro_batches_and_processes(settings, corpus, tmp_path, kw):
-    common = dict(batch_tokens=128, micro_batch=8, max_steps=50, eval_interval=25, **UNIFIED, **MIXED, **kw)
+    common = dict(batch_tokens=128, micro_batch=8, max_steps=24, eval_interval=12, **UNIFIED, **MIXED, **kw)
     alone, parts = settings(**common), settings(**{**common, "micro_batch": 2}, out_dir=str(tmp_path / "parts"))
     main(alone)
     main(parts)
