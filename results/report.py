@@ -109,32 +109,30 @@ def fit_lines(folder):
     return lines
 
 
-def commands(folder):
-    """Rows of the table of suites: name, seeds, hours, command. 16 cells share a GPU, and one cell takes a core."""
+def durations(folder):
+    """Rows of the table of suites: name, seeds, hours. 16 cells share a GPU, and one cell takes a core."""
     rows = []
     for suite in [f"{suite}{size}" for suite in ORDER for size in ("", LARGER)]:
-        results, path = read_csv(folder / suite / "results.csv"), folder / suite / "results.md"
-        if results:
-            command = re.search("- Command: `(.*)`", path.read_text(encoding="utf-8"))[1]
+        if results := read_csv(folder / suite / "results.csv"):
             seeds = Counter(row["arm"] for row in results if row["use"] == "report")
             cells = {row["cell"]: float(row["seconds"]) for row in results}
             gpu = any("NVIDIA" in row["device"] for row in results)
             hours = sum(cells.values()) / 3600 / (16 if gpu else 2)
-            rows.append([suite, f"{statistics.median(seeds.values() or [0]):.0f}",
-                         f"{hours:.1f}, {'an H200' if gpu else 'two cores'}", f"`{command}`"])
+            rows.append([f"[{suite}]({suite}/results.md)", f"{statistics.median(seeds.values() or [0]):.0f}",
+                         f"{hours:.1f}, {'an H200' if gpu else 'two cores'}"])
     return rows
 
 
 def tables(folder=HERE):
-    """The text between the two marks: the paper's numbers and ours, and the commands with their durations."""
+    """The text between the two marks: the paper's numbers and ours, and how long each suite took."""
     head = ["suite", "comparison", "paper", "lab size (0.27M), interval, verdict", "0.86M", "same direction"]
     rows, missing = statements(folder, paper_numbers())
     lines = [*markdown_table(head, rows), "", *fit_lines(folder)]
     if missing:
         lines.append(f"- Not run yet, and not in the paper: {', '.join(f'{n} of {s}' for s, n in missing.items())}.")
     lines.append("")
-    if made := commands(folder):
-        lines += markdown_table(["suite", "seeds", "hours", "command"], made)
+    if ran := durations(folder):
+        lines += markdown_table(["suite and its command", "seeds", "hours"], ran)
     return "\n".join(lines)
 
 

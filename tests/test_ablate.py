@@ -62,7 +62,6 @@ def test_equal_settings_are_one_cell_in_every_suite(tiny):
     cells = {cell.arm.name: cell.folder for cell in ablate.Suite(["figure5", "--seeds=1", *tiny]).plan()[0]}
     assert len(set(cells.values())) == len(cells) == 12
     assert folders("primary", "--seeds=1", *tiny) == {cells["baseline"], cells["HG+DNP+OR+IWD"]}
-    assert len(folders("controls", "--seeds=1", *tiny)) == len(SUITES["controls"]) - 1  # unified is there twice
 
 
 def test_other_data_or_settings_are_other_cells(tiny, tmp_path):

@@ -41,7 +41,7 @@ def test_what_has_not_run_says_so(tmp_path):
     named = {row[0] for row in rows} | set(missing)
     assert named == set(SUITES), "each suite has a row or is named"
     # a comparison that an earlier suite makes is not missing here
-    assert missing["readings"] == str(len(SUITES["readings"]) - 2) and missing["figure5"] == "1"
+    assert missing["readings"] == str(len(SUITES["readings"]) - 1) and missing["figure5"] == "1"
 
 
 def test_our_difference_next_to_the_papers_with_interval_verdict_and_direction(tmp_path):
@@ -59,7 +59,7 @@ def test_our_difference_next_to_the_papers_with_interval_verdict_and_direction(t
     assert rows["HG+DNP+OR+IWD vs HG+DNP+OR"][5] == "no" and rows["HG+DNP+ER+IWD vs HG+DNP+OR"][5] == "yes"
     assert rows["HG+DP+OR vs HG+DP"][3] == ""
     # 8 arms of 3 runs of 20 minutes
-    assert ["figure5", "3", "4.0, two cores", "`python ablate.py figure5`"] in rows_of(text)
+    assert ["[figure5](figure5/results.md)", "3", "4.0, two cores"] in rows_of(text)
 
 
 def test_each_pair_of_strategies_is_quoted_once(tmp_path):
