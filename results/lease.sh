@@ -45,7 +45,7 @@ case $what in
     suite head_0.86M head "${shape[@]}" --tune=reference --seeds=11,12,13,14,15 "${tiny[@]}" ;;
   lab)
     shape=(config/size/lab.py --dtype=float32 --compile=True --lrs=2e-3,4e-3,8e-3,16e-3,32e-3 --tune=reference)
-    for name in figure1 figure8 figure9 start figure3 figure6 figure7; do
+    for name in figure1 figure8 figure9 controls start figure3 figure6 figure7; do
       suite $name $name "${shape[@]}" --seeds=11,12,13,14,15 "${tiny[@]}"
     done ;;
   large)
