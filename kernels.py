@@ -403,7 +403,7 @@ def scaled_cast(weights, us, vs, dtype, align=1, align_columns=1):
 
 
 class _RoPE(torch.autograd.Function):
-    # Written out because the formula makes twelve passes over half of x, forward and backward, and joins the halves.
+    # Written out because autograd makes a pass over half of x per operation, and others to join the halves.
 
     @staticmethod
     def forward(ctx, x, cos, sin):

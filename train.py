@@ -182,9 +182,8 @@ def to_device(arrays, device):
 @torch.no_grad()
 def evaluate(model, data, s, device, rank, world):
     """
-    Return (mean loss over eval_tokens, which are spread over all of the validation split: the same at every step, on
-    any world; standard deviation of a token's logits over the vocabulary, the mean over the first sequence, nan on
-    every rank but 0).
+    Return (mean loss over eval_tokens spread over all of the validation split: the same at every step, on any world;
+    standard deviation of a token's logits over the vocabulary, mean over the first sequence, nan except on rank 0).
     """
     windows = data.spread(s.eval_tokens)
     total, logit_std = 0.0, math.nan
