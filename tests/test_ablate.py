@@ -136,7 +136,7 @@ def test_sizes_count_tokens_by_the_baselines_active_parameters(tiny):
         assert list(arms)[-2:] == [f"{name} at 1x32, 5 tokens per parameter" for name in ("baseline", "unified")]
         for arm, cell in arms.items():
             counts = ablate.meta_model(arms[f"baseline at {arm.split(' at ')[1]}"].settings).counts()
-            steps = round((5 if "," in arm else 3) * counts["active_params"] / 64)
+            steps = (5 if "," in arm else 3) * counts["active_params"] // 64
             assert (cell.settings.max_steps, cell.settings.warmup_steps) == (steps, min(2, steps // 10))
     assert (cell.settings.n_experts, cell.settings.expert_dim, cell.settings.shared_dim) == (32, 21, 85)
 
