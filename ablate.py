@@ -87,7 +87,7 @@ def at_size(size, arms, opt, suite):
                       f"--shared_dim={8 * width // 3}"]
     s = settings_of(arms[0].words + words)
     tokens = int(budget or opt.tokens_per_param) * meta_model(s).counts()["active_params"]
-    steps = max(1, round(tokens / s.batch_tokens))
+    steps = max(1, tokens // s.batch_tokens)
     words += [f"--max_steps={steps}", f"--warmup_steps={min(s.warmup_steps, steps // 10)}"]
     label += f", {budget} tokens per parameter" if budget else ""  # stats.py fits those without a comma
     return [Arm(f"{a.name} at {label}", a.words + words, a.reference and f"{a.reference} at {label}") for a in arms]
