@@ -45,7 +45,7 @@ case $what in
     suite head_0.86M head "${shape[@]}" --tune=reference --seeds=11,12,13,14,15 "${tiny[@]}" ;;
   lab)
     shape=(config/size/lab.py --dtype=float32 --compile=True --lrs=2e-3,4e-3,8e-3,16e-3,32e-3 --tune=reference)
-    names=(figure1 figure8 figure9 controls start figure3)
+    names=(figure9 controls start figure3)
     [[ ${tiny[*]} ]] || names+=(figure6 figure7)  # they have sizes of their own
     for name in "${names[@]}"; do
       suite "$name" "$name" "${shape[@]}" --seeds=11,12,13,14,15 "${tiny[@]}"
