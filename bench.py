@@ -70,7 +70,7 @@ import kernels
 from devices import device_name, pick_device
 from hf import hf_config
 from model import ALIGN, GPT, rope_tables
-from optim import make_optimizers, param_groups
+from optim import make_optimizers, param_groups, update
 from runs import git_commit, versions
 from settings import Settings, gpt_config
 from stats import markdown_table, mean_and_half_width
@@ -86,6 +86,12 @@ def paired_ratio(times, base):
 def over(times, base):
     """paired_ratio as a table's cell."""
     return "{:.3f} ({:.3f}–{:.3f})".format(*paired_ratio(times, base))
+
+
+def idle(spans):
+    """The time between the first start and the last end of spans, (start, end) each, in which there is none."""
+    ends = itertools.accumulate((end for _, end in sorted(spans)), max)
+    return sum(max(0, start - end) for end, (start, _) in zip(ends, sorted(spans)[1:]))
 
 
 def clock(device):
@@ -266,26 +272,22 @@ def hf_loss(run, x, y):
 class Arm:
     """
     A model and its training step, that of train.py's loop on one micro-batch: forward, backward, clipping, AdamW,
-    reading the loss. The learning rate is 0: the same work, and every step starts from the same weights.
+    reading the loss before. The learning rate is 0: the same work, and every step starts from the same weights.
     """
 
     def __init__(self, model, way, optimizers, batches, loss=own_loss):
         """batches: an iterator without end over (x, y) on the device. loss: takes the model to run, x and y."""
         self.model, self.optimizers, self.batches, self.loss = model, optimizers, batches, loss
         self.run = torch.compile(model, dynamic=False) if way == "compiled" else model
-        self.device = next(model.parameters()).device
+        self.device, self.read = next(model.parameters()).device, lambda: None
 
     def step(self):
+        """Returns the last step's loss, gradient norm and 0, for which it waits as train.py does; None at first."""
         loss = self.loss(self.run, *next(self.batches))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        status = torch.stack((loss.detach(), norm))
-        for optimizer in self.optimizers:
-            optimizer.step()
-        loss, norm = status.tolist()  # waits for the device, as train.py does
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        return loss
+        before = self.read
+        self.read, _ = update(self.model, self.optimizers, torch.amp.GradScaler(enabled=False), loss.detach())
+        return before()
 
     def seconds(self, steps):
         """Seconds per step of some steps, one after the other."""
@@ -294,7 +296,7 @@ class Arm:
         for _ in range(steps):
             self.step()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # results/step.py has a step that does not wait for the device
+            torch.cuda.synchronize()
         return (now() - began) / steps
 
     def memory_mb(self):
@@ -423,11 +425,14 @@ def bench_profile(a, steps=5):
         used = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key) for e in p.key_averages()
                 if not e.is_user_annotation and (not cuda or e.device_type == DeviceType.CUDA)]
         total = sum(us for us, *_ in used)
+        gaps = idle([(e.time_range.start, e.time_range.end) for e in p.events()
+                     if e.device_type == DeviceType.CUDA and not e.is_user_annotation])
         rows = [{"ms": f"{us / steps / 1e3:.3f}", "%": f"{100 * us / total:.1f}", "calls": f"{calls / steps:.0f}",
                  "kernel" if cuda else "operation": key[:100]} for us, calls, key in sorted(used, reverse=True)[:40]]
         report(f"profile_{a.name}_{name.replace(' --', '_')}_{way}", rows, a, [
-            f"Per step, of {steps}: {total / steps / 1e3:.2f} ms in {sum(c for _, c, _ in used) / steps:.0f} calls. "
-            f"Without the profiler a step takes {1e3 * seconds:.2f} ms, at "
+            f"Per step, of {steps}: {total / steps / 1e3:.2f} ms in {sum(c for _, c, _ in used) / steps:.0f} calls"
+            + f", between which the GPU was idle for {gaps / steps / 1e3:.2f} ms" * cuda +
+            f". Without the profiler a step takes {1e3 * seconds:.2f} ms, at "
             f"{share(flops, [seconds], a.ceilings.flops, [matmul])}% of the matrix product's speed."])
 
 

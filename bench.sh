@@ -9,7 +9,7 @@
 #     profile_unified, _baseline   where does the time of a step go?
 #     peers                        is a step as fast as Hugging Face's Llama and nanoGPT (--nanogpt=PATH, a clone)?
 #     kernels                      how fast is each kernel, next to a copy and to torch.compile?
-#     step_baseline, _unified      would CUDA graphs, say, or not waiting for the loss, make a step faster?
+#     step_baseline, _unified      would CUDA graphs, say, make a step faster?
 #     overhead_large, _moe         what do the strategies add at 1B, and in a mixture of experts?
 #     kernels_large                how fast are the kernels at the widths of 1B?
 #
@@ -59,7 +59,7 @@ fi
 few="baseline,unified,unified --head_placement=input"
 
 # An arm takes 10 to 20 s to build, most of it in torch.compile; overhead has nine. A constant takes 1.2 s to compile.
-step gpu_tests 120 -m pytest -o addopts= -q -x -rs tests/test_gpu.py
+step gpu_tests 240 -m pytest -o addopts= -q -x -rs tests/test_gpu.py
 step tune 120 results/tune.py "${tune[@]}"
 tuned=() && [[ -f $out/tune.json ]] && tuned=(--tuned="$out/tune.json")
 step overhead 220 bench.py overhead --ways=compiled --size="$small" "${tuned[@]}" "${short[@]}"

@@ -133,6 +133,34 @@ def set_lr(optimizers, lr):
             group["lr"] = lr * group["lr_mult"]
 
 
+def update(model, optimizers, scaler, loss, stop=False, grad_clip=1.0, world=1):
+    """
+    Clip the gradients to grad_clip, if it is not 0, and step the optimizers. scaler: a GradScaler; in fp16, where it is
+    enabled, a step whose gradients overflow is left out.
+
+    Returns (read, whether the step was left out). read() waits for the device and returns the loss, the gradients' norm
+    and whether any process wants to stop, equal on all processes.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    status, overflow = torch.stack((loss / world, norm / world, norm.new_tensor(float(bool(stop))))), False
+    if world > 1:
+        torch.distributed.all_reduce(status)
+    if scaler.is_enabled():
+        scaler.update()
+        overflow = not math.isfinite(status[1]) and scaler.get_scale() >= 1
+    for optimizer in () if overflow else optimizers:
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    if not status.is_cuda:
+        return status.tolist, overflow
+    copy, copied = status.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()  # to wait for this step alone, not for what the GPU is given later
+    return lambda: copied.synchronize() or copy.tolist(), overflow
+
+
 def lr_at(step, lr, schedule, warmup_steps, max_steps, min_lr_frac, decay_frac):
     """
     The learning rate of the update that makes step into step + 1, for step = 0 … max_steps − 1.

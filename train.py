@@ -37,19 +37,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 from data.tokens import Tokens, data_folder, load_tokenizer, vocabulary
-from devices import (
-    compare_ranks,
-    peak_flops,
-    peak_memory_mb,
-    pick_device,
-    process_group,
-    processes,
-    step_memory,
-)
+from devices import compare_ranks, peak_flops, peak_memory_mb, pick_device, process_group, processes, step_memory
 from hf import adopt, load, read_tensors
 from model import GPT
 from moe import balance_routers, take_router_statistics
-from optim import expected_state, gather_state, load_state, lr_at, make_optimizers, param_groups, set_lr
+from optim import expected_state, gather_state, load_state, lr_at, make_optimizers, param_groups, set_lr, update
 from runlog import RunLog, tokens_per_second
 from runs import (
     check_tensors,
@@ -201,32 +193,13 @@ def evaluate(model, data, s, device, rank, world):
     return total / len(windows), logit_std
 
 
-def update(model, optimizers, scaler, loss, stop, s, world):
-    """
-    Clip the gradients and step the optimizers. In fp16 a step whose gradients overflow is left out.
-
-    Returns (loss, gradient norm, whether the step was left out, whether any process wants to stop), equal on all
-    processes, which therefore stop at the same step.
-    """
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-    status = torch.stack((loss / world, norm / world, norm.new_tensor(float(stop))))
-    if world > 1:
-        dist.all_reduce(status)
-    if not scaler.is_enabled():  # launched before the CPU waits for the device, which it does only in tolist()
-        for optimizer in optimizers:
-            optimizer.step()
-    loss, norm, stop = status.tolist()
-    overflow = False
-    if scaler.is_enabled():
-        scaler.update()
-        overflow = not math.isfinite(norm) and scaler.get_scale() >= 1
-        for optimizer in optimizers if math.isfinite(norm) else ():
-            optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return loss, norm, overflow, bool(stop)
+def finish(step, lr, read, overflow, s):
+    """Wait for a step. Returns (its row of log.csv, whether any process wants to stop). Raises Diverged."""
+    loss, norm, stop = read()
+    if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):  # never saved
+        raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}. Try a lower --lr, a longer --warmup_steps "
+                       f"or another --seed; {s.out_dir} keeps what was saved before")
+    return {"train_loss": f"{loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}, bool(stop)
 
 
 def settle_routers(model, n_micro, world):
@@ -318,7 +291,7 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
             print(f"With one expert per token, router={s.router} always gives it the weight 1, so only router_aux and "
                   f"router_z train the router. With router=softmax_all the loss trains it too.")
 
-    val_loss, stopping, row, routed, seconds = None, False, {}, None, []
+    val_loss, stopping, row, routed, seconds, unread = None, False, {}, None, [], []
     with noted_signals() as signals, contextlib.closing(log) if master else contextlib.nullcontext():
         while True:
             # Everything about step n happens before step n + 1 and in this order: evaluate, log, save. A resumed run
@@ -350,14 +323,14 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
                     loss = ddp_model(x, y)[1] / n_micro
                     scaler.scale(loss).backward()
                 loss_sum += loss.detach()
-            loss, norm, overflow, stopping = update(raw_model, optimizers, scaler, loss_sum, bool(signals or unheard()),
-                                                    s, world)
-            if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):  # never saved
-                raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}. Try a lower --lr, a longer "
-                               f"--warmup_steps or another --seed; {s.out_dir} keeps what was saved before")
+            read, overflow = update(raw_model, optimizers, scaler, loss_sum, signals or unheard(), s.grad_clip, world)
             routed = settle_routers(raw_model, n_micro, world) if s.n_experts else None
-            row = {"train_loss": f"{loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}
+            unread.append((step, lr, read, overflow))
             skipped, step = skipped + overflow, step + 1
+            # The CPU waits for the step before, while a GPU has this one to do; for this one only if it is needed.
+            needed = step == end or not all(step % n for n in (s.eval_interval, s.log_interval, s.save_interval))
+            while unread and (len(unread) > 1 or needed or stopping):
+                row, stopping = finish(*unread.pop(0), s)
             seconds.append(time.perf_counter() - started)
             if master:
                 log.bar.update()

@@ -5,9 +5,10 @@ Other ways to make a training step, compared with the step of train.py: results/
     python results/step.py --strategy=unified                     of another strategy
     python results/step.py --liger                                with Liger's fused linear cross-entropy
 
-no wait: the CPU does not wait for the loss after each step, so it launches the next one at once. CUDA graphs: no gaps
-between launches; memory_mb does not count what they keep between steps. combo kernels: torch.compile joins kernels that
-do not depend on each other. The loss: the LM head's matrix product and the cross-entropy, forward and backward.
+waiting: the CPU waits for each step before it launches the next one. CUDA graphs: no gaps between launches;
+memory_mb does not count what they keep between steps. combo kernels: torch.compile joins kernels that do not depend on
+each other.
+The loss: the LM head's matrix product and the cross-entropy, forward and backward.
 """
 
 import statistics
@@ -40,15 +41,13 @@ import torch.nn.functional as F
 import bench
 
 
-class NoWait(bench.Arm):
-    """A training step after which the CPU does not look at the loss."""
+class Waits(bench.Arm):
+    """A training step after which the CPU waits for the device."""
 
     def step(self):
-        self.loss(self.run, *next(self.batches)).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        super().step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def losses(s, a):
@@ -81,7 +80,7 @@ def losses(s, a):
 def main(a, command):
     bench.prepare(a, ["results/step.py", *command])
     step = bench.make_arm(a.strategy, "compiled", a)
-    arms = {"as train.py has it": step, "no wait": NoWait(step.model, "compiled", step.optimizers, step.batches)}
+    arms = {"as train.py has it": step, "waiting": Waits(step.model, "compiled", step.optimizers, step.batches)}
     for name, option in {"CUDA graphs": "triton.cudagraphs", "combo kernels": "combo_kernels"}.items():
         if a.device.type == "cuda":
             arms[name] = arm = bench.make_arm(a.strategy, "eager", a)

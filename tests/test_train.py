@@ -118,6 +118,24 @@ def test_stopped_and_resumed_and_evaluated_often_are_bit_for_bit_the_same(settin
     assert scales[0] == scales[1]
 
 
+def test_a_step_is_waited_for_when_the_next_one_is_under_way(settings, monkeypatch, capsys):
+    done, update, finish = [], train.update, train.finish
+    monkeypatch.setattr(train, "update", lambda *args: done.append("update") or update(*args))
+    monkeypatch.setattr(train, "finish", lambda step, *args: done.append(step) or finish(step, *args))
+    s = settings(max_steps=10, log_interval=5, eval_interval=10, save_interval=10)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        stop_at(m, 5, signal.SIGTERM)
+        main(s)
+    u = "update"
+    assert done == [u, u, 0, u, 1, u, 2, u, 3, 4, u, u, 5, 6]
+    assert "stopped by a signal at step 7" in capsys.readouterr().out
+    s.resume = True
+    main(s)
+    often = settings(max_steps=10, out_dir=s.out_dir + "-often")
+    main(often)
+    assert log(s) == {step: log(often)[step] for step in (5, 7, 10)} and equal(weights(s), weights(often))
+
+
 def test_stop_at_ends_a_run_in_the_middle_of_its_schedule(settings, tmp_path, capsys):
     whole, parts = settings(schedule="wsd"), settings(schedule="wsd", out_dir=str(tmp_path / "parts"))
     main(whole)
@@ -221,21 +239,22 @@ def test_shards_without_a_meta_json_need_no_tokenizer(settings, corpus, tmp_path
 
 # faults
 
-def test_a_nan_in_one_gradient_never_reaches_the_weights(settings, monkeypatch):
-    s = settings(max_steps=20, save_interval=1)
+@pytest.mark.parametrize("log_interval, save_interval, saved", [(1, 1, 4), (50, 3, 3)])
+def test_a_nan_in_one_gradient_is_never_saved(settings, monkeypatch, log_interval, save_interval, saved):
+    s = settings(max_steps=20, eval_interval=20, log_interval=log_interval, save_interval=save_interval)
     real = torch.nn.utils.clip_grad_norm_
     calls = []
 
     def poisoned(parameters, *args):
         parameters = list(parameters)
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 5:
             parameters[3].grad.view(-1)[0] = math.nan
         return real(parameters, *args)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(Diverged, match="step 3: loss .*, gradient norm nan. Try a lower --lr"):
+    with pytest.raises(Diverged, match="step 4: loss .*, gradient norm nan. Try a lower --lr"):
         main(s)
-    assert checkpoint(s)["step"] == 3
+    assert checkpoint(s)["step"] == saved
 
 
 @pytest.mark.parametrize("change,message", [
