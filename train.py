@@ -311,7 +311,7 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
             if last:
                 break
 
-            started = time.perf_counter()
+            started, row = time.perf_counter(), {}
             lr = lr_at(step, s.lr, s.schedule, s.warmup_steps, s.max_steps, s.min_lr_frac, s.decay_frac)
             set_lr(optimizers, lr)
             loss_sum = torch.zeros((), device=device)

@@ -134,6 +134,7 @@ def test_a_step_is_waited_for_when_the_next_one_is_under_way(settings, monkeypat
     often = settings(max_steps=10, out_dir=s.out_dir + "-often")
     main(often)
     assert log(s) == {step: log(often)[step] for step in (5, 7, 10)} and equal(weights(s), weights(often))
+    assert list(log(s, "step")) == [0, 5, 7, 10]
 
 
 def test_stop_at_ends_a_run_in_the_middle_of_its_schedule(settings, tmp_path, capsys):
