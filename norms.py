@@ -46,17 +46,20 @@ class ScaleVector(nn.Module):
         product       γ = β α
         or            γ = β N(α) = β √n α/‖α‖   "original space": gradient flow moves the magnitude n times faster
         er            γ = exp(β) exp(α − mean α)  "exponential space": positive, and decay of β and α pulls γ to 1
+    magnitude: False fixes β, for a v whose length does nothing, since N follows. β's gradient would be rounding noise,
+        which AdamW makes whole steps of: with decay β comes to 0, and where it changes sign, so does the branch.
     """
 
-    def __init__(self, n, role, form="direct", stack=0):
+    def __init__(self, n, role, form="direct", stack=0, magnitude=True):
         super().__init__()
         if role not in ("input", "output") or form not in START:
             raise ValueError(f"no scale vector has role {role!r} and form {form!r}; forms: {', '.join(START)}")
-        self.n, self.role, self.form, self.stack = n, role, form, stack
+        self.n, self.role, self.form, self.stack, self.magnitude = n, role, form, stack, magnitude
         for name in START[form]:
             shape = (1 if name == "beta" else n,)
             shape = (stack, *shape) if stack else () if name == "beta" else shape
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            part, fixed = torch.empty(shape), name == "beta" and not magnitude
+            setattr(self, name, nn.Buffer(part, persistent=False) if fixed else nn.Parameter(part))
         self.reset()
 
     @torch.no_grad()
@@ -66,7 +69,7 @@ class ScaleVector(nn.Module):
 
     @torch.no_grad()
     def set(self, gamma):
-        """Make γ what is given, of γ's shape; α of or then has the length of a fresh one, √n. Raises ValueError."""
+        """Make γ what is given, or its direction if β is fixed; or's α gets the length √n. Raises ValueError."""
         if self.form == "direct":
             self.gamma.copy_(gamma)
         elif self.form == "zero_centred":
@@ -88,6 +91,8 @@ class ScaleVector(nn.Module):
             self.alpha.copy_(log - log.mean(-1, keepdim=True))
         else:
             raise ValueError(f"{self.form} has no way yet to be given a γ: add one to ScaleVector.set")
+        if not self.magnitude and "beta" in START[self.form]:
+            self.beta.fill_(START[self.form]["beta"])
 
     def decays(self, name):
         """Whether weight decay on this parameter moves γ: shrinking or's α leaves √n α/‖α‖ as it was."""
@@ -140,7 +145,8 @@ class Branches(nn.Module):
         if scale_vectors:
             scaled = [c for c in n_out if self.placement[c] != "after"]  # the branches with a v
             for c in scaled if heterogeneous else ["shared"] if scaled else []:
-                self.v[c] = ScaleVector(n_in, role, form, stack if heterogeneous and own_v else 0)
+                idle = c in self.normed or self.idle_norm
+                self.v[c] = ScaleVector(n_in, role, form, stack if heterogeneous and own_v else 0, magnitude=not idle)
             for c, n in n_out.items():
                 if self.placement[c] in ("after", "dual", "dual_norm"):
                     self.u[c] = ScaleVector(n, "output", form, stack)
@@ -217,7 +223,7 @@ class Branches(nn.Module):
     def idle_norm(self):
         """
         Whether the Pre-Norm is idle: N does not see the length of its input, so that N(W (v ⊙ N(x))) = N(W (v ⊙ x)).
-        A model then leaves it out and gives the branches x itself. The magnitude of v is idle in the same way.
+        A model then leaves it out and gives the branches x itself. So v's magnitude is idle, too, and fixed.
         """
         return len(self.normed) == len(self.n_out)
 

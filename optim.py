@@ -152,8 +152,7 @@ def update(model, optimizers, scaler, loss, stop=False, grad_clip=1.0, world=1):
         overflow = not math.isfinite(status[1]) and scaler.get_scale() >= 1
     for optimizer in () if overflow else optimizers:
         optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    model.zero_grad()
     if not status.is_cuda:
         return status.tolist, overflow
     copy, copied = status.to("cpu", non_blocking=True), torch.cuda.Event()

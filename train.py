@@ -77,10 +77,7 @@ def prepare_data(s, here=True):
 
 
 def open_data(s, rank, distributed):
-    """
-    Return (training Tokens, validation Tokens, their fingerprints). Sets a vocab_size of 0 to the data's. Raises
-    ConfigError.
-    """
+    """Return (training Tokens, validation Tokens, fingerprints), and set a vocab_size of 0. Raises ConfigError."""
     folder = prepare_data(s, here=rank == 0)
     if distributed:
         dist.barrier()

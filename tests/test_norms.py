@@ -125,6 +125,22 @@ def test_decays_says_which_parameters_move_gamma_when_they_shrink(form):
             p.copy_(old)
 
 
+@pytest.mark.parametrize("kw, free", [
+    (dict(placement="dual_norm"), []), (dict(placement="norm"), []), (dict(placement="dual"), ["shared"]),
+    (dict(placement=dict(q="dual_norm", k="dual")), ["shared"]),
+    (dict(placement=dict(q="dual_norm", k="dual"), heterogeneous=True), ["k"])])
+@pytest.mark.parametrize("form", FORMS)
+def test_only_a_vector_whose_length_matters_has_a_magnitude(form, kw, free):
+    b = Branches(5, {"q": 4, "k": 6}, form=form, **kw)
+    beta = [name.split(".")[1] for name, _ in b.named_parameters() if name.startswith("v.") and name.endswith(".beta")]
+    assert beta == (free if form in ("or", "er", "product") else [])
+    gamma = torch.arange(1.0, 6.0)
+    for c, v in b.v.items():
+        v.set(gamma)
+        length = 1.0 if form not in ("or", "er") or c in free else (gamma / v())[0]
+        torch.testing.assert_close(length * v(), gamma)
+
+
 def test_unknown_form_role_and_placement_are_refused():
     with pytest.raises(ValueError, match="form"):
         ScaleVector(4, "input", "exotic")

@@ -57,7 +57,7 @@ def test_weight_decay_lands_where_the_name_says(scale_decay, form, optimizer, kw
 
 
 def test_groups_name_roles_and_multiply_lr():
-    model = tiny(placement="dual_norm", reparam="or")
+    model = tiny(placement="dual", reparam="or")
     groups = {g["name"]: g for g in param_groups(model.named_roles(), WD, "input", scale_lr_mult=3.0)}
     assert set(groups) == {"matrix", "embedding", "scale_input", "scale_input_no_decay", "scale_output_no_decay"}
     assert sum(p.numel() for g in groups.values() for p in g["params"]) == sum(p.numel() for p in model.parameters())

@@ -25,10 +25,10 @@ def test_the_method_in_30_lines_is_norms_py():
             p.normal_()
         for c in "qk":
             theirs[c].W.weight.copy_(ours.weight[c])
-            for side in ("u", "v"):
-                for name, p in getattr(ours, side)[c].named_parameters():
-                    p.add_(0.3 * torch.randn_like(p))
-                    getattr(getattr(theirs[c], side), name).copy_(p)
+            for p in (*ours.u[c].parameters(), *ours.v[c].parameters()):
+                p.add_(0.3 * torch.randn_like(p))
+            theirs[c].u.load_state_dict(ours.u[c].state_dict())
+            theirs[c].v.copy_(ours.v[c].alpha)
     x = 3 * torch.randn(2, 5, 12)
     for c, y in zip("qk", ours(space["N"](x))):
         assert torch.allclose(theirs[c](x), y, atol=1e-5)

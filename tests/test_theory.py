@@ -223,12 +223,29 @@ def test_the_pre_norm_is_idle_where_every_branch_norms_its_output(placement, idl
 @pytest.mark.parametrize("eps", [0.0, 1e-3, 2e-3])
 def test_the_magnitude_of_v_is_idle_under_dnp(eps):
     b = branches_of(placement="dual_norm", form="or")
-    b.eps = eps
+    b.v["shared"], b.eps = ScaleVector(N_IN, "input", "or").double(), eps
     x, target = torch.randn(7, N_IN, dtype=torch.float64), torch.randn(7, sum(N_OUT.values()), dtype=torch.float64)
     (torch.cat(b(x), -1) * target).sum().backward()
     gradient, others = b.v["shared"].beta.grad.abs().item(), b.v["shared"].alpha.grad.abs().max().item()
     assert others > 1e-2
     assert gradient < 1e-12 if eps == 0 else 0 < gradient < 2 * eps * others / 1e-2
+
+
+@pytest.mark.parametrize("dtype, free, moves", [(torch.float32, True, True), (torch.float64, True, False),
+                                                (torch.float32, False, False)])
+def test_adamw_would_make_steps_of_the_rounding_noise_in_an_idle_magnitudes_gradient(dtype, free, moves):
+    torch.manual_seed(0)
+    b = Branches(32, {"w": 32}, placement="dual_norm", form="or").to(dtype)
+    if free:
+        b.v["shared"] = ScaleVector(32, "input", "or").to(dtype)
+    b.weight["w"].data.normal_()
+    optimizer = torch.optim.AdamW(b.parameters(), 1e-2, (0.9, 0.95), weight_decay=0.0)
+    for _ in range(100):
+        x, y = torch.randn(2, 256, 32, dtype=dtype)
+        (b(x)[0] - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (abs(b.v["shared"].beta.item() - 1) > 0.02) == moves
 
 
 # ---------------------------------------------------------------------------------------------------------------
