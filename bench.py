@@ -272,7 +272,7 @@ def hf_loss(run, x, y):
 class Arm:
     """
     A model and its training step, that of train.py's loop on one micro-batch: forward, backward, clipping, AdamW,
-    reading the loss before. The learning rate is 0: the same work, and every step starts from the same weights.
+    waiting for the step before. The learning rate is 0: the same work, and every step starts from the same weights.
     """
 
     def __init__(self, model, way, optimizers, batches, loss=own_loss):
