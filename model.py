@@ -68,11 +68,12 @@ class Attention(nn.Module):
         self.config = config
         nq, nkv = config.n_head * config.d_head, config.n_kv_head * config.d_head
         placement = {"q": config.attn_placement, "k": config.attn_placement, "v": config.v_placement}
+        gemma, normed = config.arch == "gemma", config.attn_placement in ("dual_norm", "norm")
+        self.qk_norm = (config.qk_norm or gemma) and not normed
         self.qkv = branches(config, {"q": nq, "k": nkv, "v": nkv}, placement=placement,
-                            group=config.d_head if config.qkv_norm == "head" else None)
+                            group=config.d_head if config.qkv_norm == "head" else None,
+                            idle=["q", "k"] * self.qk_norm + ["v"] * gemma)  # v goes through o to the post-norm
         self.o = nn.Parameter(torch.empty(config.n_embd, nq))
-        # dual_norm and norm put a norm after q and k already
-        self.qk_norm = (config.qk_norm or config.arch == "gemma") and "q" not in self.qkv.normed
         if self.qk_norm:
             per_head = config.qkv_norm == "head"
             self.q_scale = output_scale(config, config.d_head if per_head else nq)
@@ -112,7 +113,8 @@ class FFN(nn.Module):
         super().__init__()
         self.ffn_dim = ffn_dim
         self.gate_up = branches(config, {"gate": ffn_dim, "up": ffn_dim}, placement=config.ffn_placement, stack=stack,
-                                own_v=config.expert_scales == "own")
+                                own_v=config.expert_scales == "own",
+                                idle=["up"] * (config.arch == "gemma" and not config.n_experts))
         shape = (config.n_embd, ffn_dim)
         self.down = nn.Parameter(torch.empty(stack, *shape) if stack else torch.empty(shape))
 

@@ -46,8 +46,8 @@ class ScaleVector(nn.Module):
         product       γ = β α
         or            γ = β N(α) = β √n α/‖α‖   "original space": gradient flow moves the magnitude n times faster
         er            γ = exp(β) exp(α − mean α)  "exponential space": positive, and decay of β and α pulls γ to 1
-    magnitude: False fixes β, for a v whose length does nothing, since N follows. β's gradient would be rounding noise,
-        which AdamW makes whole steps of: with decay β comes to 0, and where it changes sign, so does the branch.
+    magnitude: False fixes β, for a γ whose length does nothing, since a norm follows. β's gradient would be rounding
+        noise, which AdamW makes whole steps of: with decay β comes to 0, and where it changes sign, so does the branch.
     """
 
     def __init__(self, n, role, form="direct", stack=0, magnitude=True):
@@ -123,6 +123,7 @@ class Branches(nn.Module):
     heterogeneous: a v_c per branch; otherwise all branches share one v. form: of every scale vector. scale_vectors:
     False fixes all of them to 1. role: of v.
     group: channels that the N of dual_norm and norm covers, such as those of a head; by default the whole branch.
+    idle: branches whose length a norm further on removes, as QK-norm does; the magnitudes of their vectors are fixed.
     eps: of the same N. The paper has none. It only guards against 0/0, and is far below the Pre-Norm's 1e-6 because
     this N may see the residual stream at its own size (idle_norm).
     stack: 0, or a number of experts. Each branch is then a stack of matrices, (stack, n_out, n_in), with one u_c per
@@ -132,7 +133,7 @@ class Branches(nn.Module):
     """
 
     def __init__(self, n_in, n_out, placement="input", heterogeneous=False, form="direct", scale_vectors=True,
-                 role="input", group=None, eps=1e-16, stack=0, own_v=False):
+                 role="input", group=None, eps=1e-16, stack=0, own_v=False, idle=()):
         super().__init__()
         self.n_in, self.n_out, self.group, self.eps = n_in, dict(n_out), group, eps
         self.placement = dict(placement) if isinstance(placement, dict) else dict.fromkeys(n_out, placement)
@@ -145,11 +146,12 @@ class Branches(nn.Module):
         if scale_vectors:
             scaled = [c for c in n_out if self.placement[c] != "after"]  # the branches with a v
             for c in scaled if heterogeneous else ["shared"] if scaled else []:
-                idle = c in self.normed or self.idle_norm
-                self.v[c] = ScaleVector(n_in, role, form, stack if heterogeneous and own_v else 0, magnitude=not idle)
+                fed = {c} if heterogeneous else {*scaled}
+                self.v[c] = ScaleVector(n_in, role, form, stack if heterogeneous and own_v else 0,
+                                        magnitude=not fed <= {*self.normed, *idle})
             for c, n in n_out.items():
                 if self.placement[c] in ("after", "dual", "dual_norm"):
-                    self.u[c] = ScaleVector(n, "output", form, stack)
+                    self.u[c] = ScaleVector(n, "output", form, stack, magnitude=c not in idle)
 
     def vectors(self):
         """(c, u_c, v_c) of each branch: its name and its effective vectors, None where there is none."""

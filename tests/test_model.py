@@ -144,6 +144,17 @@ def test_an_idle_pre_norm_is_idle_at_any_size_of_the_stream(rms):
         assert abs(ours - model(*tokens())[1]) < 1e-4 * ours
 
 
+@pytest.mark.parametrize("heterogeneous", [False, True])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("arch,qk_norm", [("llama", False), ("llama", True), ("gemma", False)])
+def test_every_magnitude_moves_the_loss(arch, qk_norm, placement, heterogeneous):
+    """Where a norm further on removes a vector's length, β's gradient would be rounding noise: there is no such β."""
+    model = loud(tiny(arch=arch, qk_norm=qk_norm, placement=placement, heterogeneous=heterogeneous, reparam="or",
+                      dtype="float64"))
+    for name, gradient in loss_and_gradients(model)[1].items():
+        assert not name.endswith(".beta") or abs(gradient) > 1e-8, name
+
+
 def test_training_while_a_generator_is_open_gives_every_parameter_its_gradient():
     model, fresh = (tiny(placement="dual_norm", heterogeneous=True) for _ in range(2))
     next(model.generate(tokens(B=1, T=3)[0], 5))
