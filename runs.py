@@ -180,6 +180,7 @@ def run_folder(s, master=True):
         yield out
         return
     try:
+        ours = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out)
     except OSError as e:
@@ -189,7 +190,7 @@ def run_folder(s, master=True):
         try:
             yield out
         finally:
-            if os.listdir(out) == ["train.lock"]:  # it failed before its first file
+            if ours and os.listdir(out) == ["train.lock"]:  # it failed before its first file
                 shutil.rmtree(out, ignore_errors=True)
 
 

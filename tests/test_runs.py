@@ -96,6 +96,16 @@ def test_out_dir_may_be_a_symlink(settings, tmp_path):
     assert load_checkpoint(tmp_path / "elsewhere" / "ckpt.pt")["settings"]["lr"] == 0.01
 
 
+def test_a_failed_start_leaves_no_folder_of_its_own_and_the_users(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for mine, name in ((False, "new"), (True, "mine")):
+        if mine:
+            (tmp_path / name).mkdir()
+        with pytest.raises(ConfigError, match="--wandb=x"):
+            main(settings(out_dir=str(tmp_path / name), wandb="x"))
+        assert (tmp_path / name).exists() == mine
+
+
 # folders that cannot be
 
 def test_symlinks_in_a_circle_are_refused(settings, tmp_path):

@@ -258,6 +258,18 @@ def test_a_nan_in_one_gradient_is_never_saved(settings, monkeypatch, log_interva
     assert checkpoint(s)["step"] == saved
 
 
+def test_an_update_after_which_the_model_has_no_loss_is_neither_saved_nor_a_result(settings):
+    s = settings(max_steps=2, eval_interval=2, save_interval=1, schedule="constant", warmup_steps=0, lr=1e38,
+                 weight_decay=10.0)
+    with pytest.raises(Diverged, match="step .: loss "):
+        main(s)
+    s = settings(max_steps=1, eval_interval=1, schedule="constant", warmup_steps=0, lr=1e38, weight_decay=10.0,
+                 overwrite=True)
+    with pytest.raises(Diverged, match="step 1: loss nan on the validation split. Try a lower --lr"):
+        main(s)
+    assert not Path(s.out_dir, "ckpt.pt").exists()
+
+
 @pytest.mark.parametrize("change,message", [
     (dict(), "holds a run already: go on with --resume=True"),
     (dict(resume=True, lr=0.5, max_steps=20), r"has other settings: lr 0.006 \(here 0.5\)"),
