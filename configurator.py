@@ -75,7 +75,7 @@ def check_all(values, hints, where):
             raise ConfigError(f"{where}: there is no setting {name!r}. {hint}")
     try:
         return {name: check(name, value, hints[name]) for name, value in values.items()}
-    except ConfigError as e:
+    except ValueError as e:  # a ConfigError, or Python's own where an int has too many digits to be shown
         raise ConfigError(f"{where}: {e}") from None
 
 

@@ -77,6 +77,7 @@ def test_files_and_flags_apply_left_to_right(tmp_path):
 @pytest.mark.parametrize("text,message", [
     ("layer = 3", "there is no setting 'layer'. Did you mean 'layers'?"),
     ("layers = '3'", "layers must be an int, not '3'"),
+    ("layers = 10**5000", "4300 digits"),
     ("from math import pi", "there is no setting 'pi'"),
     ("layers = (", ":1: SyntaxError"),
     ("\nlayers = nothing", ":2: NameError"),
