@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import ConfigError, read_bytes, refuse, streams
-from data.tokens import UNFINISHED, load_tokenizer, write_bin, write_meta
+from data.tokens import UNFINISHED, load_tokenizer, split_files, write_bin, write_meta
 
 
 def find_files(root, ignored):
@@ -69,7 +69,12 @@ def save(out, tokenizer, train, val):
     """
     Writes a corpus to a folder: train.bin and val.bin from two lists of documents, arrays of uint16 or uint8, and
     meta.json. An older corpus in the folder stays as it was until both files are complete on the disk.
+    Raises ConfigError if the folder has other files that would be read as part of this corpus.
     """
+    for split in ("train", "val"):
+        for path in split_files(out, split):
+            if path.name != f"{split}.bin":
+                raise ConfigError(f"{path}: would be read as part of this corpus; move it or choose another --out")
     # The process id lets two processes prepare the same corpus at once; the suffix keeps a leftover from being data.
     parts = {split: out / f"{split}.bin.{os.getpid()}.part" for split in ("train", "val")}
     try:

@@ -212,6 +212,19 @@ def test_a_file_that_vanishes_ends_the_corpus_and_the_old_one_stays(tmp_path):
     assert snapshot(out) == before
 
 
+@pytest.mark.parametrize("name", ["other_train_000001.bin", "fineweb_val_000000.bin"])
+def test_a_folder_with_files_of_another_corpus_is_refused(tmp_path, name):
+    """They would be counted in meta.json, and GPT-2 tokens would be read as bytes."""
+    source, out = tree(tmp_path / "in", TEXTS), tmp_path / "out"
+    write_bin(tree(out, {"firmware.bin": "no data"}) / name, [1] * 99)
+    before = snapshot(out)
+    with refused(f"{out / name}: would be read as part of this corpus"):
+        text.prepare(source, out=out)
+    assert snapshot(out) == before
+    (out / name).unlink()
+    assert Tokens(text.prepare(source, out=out), "train", 8, 256).tokenizer == "bytes"
+
+
 @pytest.mark.parametrize("stopped_at", ["val.bin", "train.bin", "meta.json"])
 def test_a_corpus_stopped_between_the_renames_is_refused_until_it_is_complete(tmp_path, monkeypatch, stopped_at):
     """GPT-2 tokens next to an old meta.json that says bytes would train, and report nonsense."""
