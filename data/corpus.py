@@ -102,12 +102,16 @@ def write_corpus(files, out, tokenizer, unit=str):
     """
     Tokenises files into a corpus in the folder out. All of its tokens are in memory at once, 2 bytes each.
 
-    files: [(key, path)], written in the order of their keys · tokenizer: 'bytes' or 'gpt2'
+    files: [(key, path)], written in the order of their keys; a file and the links to it are one document, with the first key
+    tokenizer: 'bytes' or 'gpt2'
     unit: maps a key to the name whose hash decides the split; files with the same name stay on one side
     Raises ConfigError if no file holds text, or if one cannot be read.
     """
     # By the bytes of the names: the characters that Python makes of them depend on the locale.
-    files = sorted(files, key=lambda file: os.fsencode(file[0]))
+    files, found = sorted(files, key=lambda file: os.fsencode(file[0])), {}
+    for key, path in files:
+        found.setdefault(os.path.realpath(path), (key, path))
+    files = list(found.values())
     tok = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     train, val = [], []

@@ -107,9 +107,11 @@ def test_a_folder_that_cannot_be_listed_is_refused(nobody):
 
 
 def test_links_and_special_files_are_counted(tmp_path, capsys):
-    """A link to a file is read as the file; one to a folder could lead in a circle."""
+    """A link to a file is the file once more, and would be in both splits; one to a folder could lead in a circle."""
     source = tree(tmp_path / "in", TEXTS | {".hidden/a.txt": "x"})
-    (source / "file").symlink_to("d0/file 7.txt")
+    for i, name in enumerate(TEXTS):
+        (source / f"link {i}").symlink_to(name)
+    (source / "outside").symlink_to(tree(tmp_path, {"b.txt": "another text"}) / "b.txt")
     (source / "circle").symlink_to("circle")
     (source / "d0/up").symlink_to("..")
     (source / ".link").symlink_to("nowhere")
@@ -144,9 +146,11 @@ def test_with_too_few_files_val_is_the_last_twentieth(tmp_path, capsys, monkeypa
     assert "val is the last 5% of the tokens" in capsys.readouterr().out
 
 
-def test_text_prepared_in_its_own_folder_is_the_same_again(tmp_path):
-    tree(tmp_path, TEXTS)
-    first, second = (snapshot(text.prepare(tmp_path, out=tmp_path)) for _ in range(2))
+@pytest.mark.parametrize("out", [".", "out"])
+def test_text_prepared_in_its_own_folder_is_the_same_again(tmp_path, monkeypatch, out):
+    tree(tmp_path / "in", TEXTS)
+    monkeypatch.chdir(tmp_path / "in")
+    first, second = (snapshot(text.prepare(Path("../in"), out=Path(out))) for _ in range(2))
     assert first == second
 
 

@@ -4,7 +4,6 @@ Files that are not UTF-8 are skipped. About 5% of the files go to validation, by
 files are near-duplicates of each other (encodings, lib2to3) stays on one side of the split.
 """
 
-import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -34,12 +33,10 @@ def source_files(site_packages=False):
     """
     names = ["stdlib"] + ["purelib", "platlib"] * site_packages
     skip = {"site-packages", "dist-packages", "__pycache__"}
-    files = {}
+    files = []
     for root in dict.fromkeys(Path(sysconfig.get_path(name)) for name in names):
-        for key, path in find_files(root, skip.__contains__) if root.exists() else ():
-            if key.endswith(".py"):
-                files.setdefault(os.path.realpath(path), key)  # lib64 may be a link to lib
-    return [(key, path) for path, key in files.items()]
+        files += find_files(root, skip.__contains__) if root.exists() else []
+    return [(key, path) for key, path in files if key.endswith(".py")]
 
 
 def prepare(out=None, tokenizer="bytes", site_packages=False):

@@ -4,6 +4,7 @@ Hidden files and files that are not UTF-8 are skipped. About 5% of the files go 
 inside the folder. With too few files for that, the last 5% of the tokens do.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from data.tokens import HERE
 def prepare(folder, tokenizer="bytes", out=HERE / "text"):
     """Writes a corpus of the text files in a folder and returns the folder of the corpus. Raises ConfigError."""
     files = find_files(folder, lambda name: name.startswith("."))
-    own = out / "meta.json"  # of an earlier corpus, where out is the folder itself
-    write_corpus([(key, path) for key, path in files if path != own], out, tokenizer)
+    own = os.path.realpath(out / "meta.json")  # of an earlier corpus, where out is in the folder
+    write_corpus([(key, path) for key, path in files if os.path.realpath(path) != own], out, tokenizer)
     return out
 
 
