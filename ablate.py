@@ -28,6 +28,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -76,7 +77,7 @@ def at_size(size, arms, opt, suite):
     and a shared one of int(8d/3). Raises ConfigError.
     """
     shape, at, budget = size.partition("@")
-    if at and not budget.isdecimal():
+    if at and not (budget.isdecimal() and int(budget)):
         raise ConfigError(f"--sizes: {size}: after the @ comes a number of tokens, as in 2@100")
     label, words = readable(Path(shape).stem), [shape]
     if shape.isdecimal() and 0 < len(shape) < 4:
@@ -246,6 +247,8 @@ class Suite:
         named = named_arms(suite, base)
         if suite in SIZES:
             named = [arm for size in self.opt.sizes for arm in at_size(size, named, self.opt, suite)]
+            if len({arm.name for arm in named}) < len(named):
+                raise ConfigError("--sizes: each size once, and files of different names")
         check_base(base, named)
         self.arms = make_arms(named, self.opt, self.code)
         self.name = suite if suite in SUITES else "-".join(self.arms)
@@ -318,10 +321,13 @@ class Suite:
                     logs["curves"][cell.folder] = known["curves"]
                 if cell.settings.seed == self.opt.seeds[0]:
                     logs["scales"][cell.folder] = known["scales"]
+        text = report_text(rows, self.command, bad)
+        if not rows:
+            return text, bad
         write_csv(self.out / "results.csv", rows)
         for log, groups in logs.items():
             write_csv(self.out / f"{log}.csv", [row for group in groups.values() for row in group])
-        write_whole(self.out / "results.md", text := report_text(rows, self.command, bad))
+        write_whole(self.out / "results.md", text)
         return text, bad
 
 
@@ -418,6 +424,10 @@ def main(args):
         return 0
     for folder in (suite.out, CELLS):
         folder.mkdir(parents=True, exist_ok=True)
+    if codes := {row["code"] for row in read_csv(suite.out / "results.csv")} - {suite.code}:
+        old = suite.out / f"results.{min(codes)}.csv"
+        print(f"{suite.out}/results.csv has rows of other code, which will be dropped; {old} keeps them")
+        shutil.copy(suite.out / "results.csv", old)
     runner = Runner(suite)
     with lock(CELLS, "ablate.lock"):
         runner.run()

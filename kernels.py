@@ -14,7 +14,7 @@ while reading every input once and writing every output once. Four rules hold fo
 - Loads are converted to fp32 at once; results are rounded once, when they are stored.
 - Row numbers are int64: an activation of a large batch has more than 2³¹ elements.
 - No atomics. For sums over rows, such as dγ, each program sums a fixed set of rows, and the partial sums are added in
-  a fixed order. So a run repeats bit for bit.
+  a fixed order. So kernels repeat bit for bit (what torch.compile makes of the token table's gradient may not).
 - Widths and strides are compile-time constants: Triton then knows which rows begin at multiples of 16 bytes and reads
   16 bytes at a time. A model has only a few of them.
 

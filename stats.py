@@ -227,6 +227,8 @@ def report_text(rows, command, bad):
         seeds = ", ".join(sorted({str(row["seed"]) for row in tuning}))
         rate = ("all at the learning rate that is best for the reference" if "--tune=reference" in command else
                 "each at its own best learning rate")
+        if any(a["lr"] != arms.get(a["reference"], a)["lr"] for a in arms.values()) and "--tune=reference" in command:
+            rate += ", or at its own where lr differs,"
         tuned = f"{rate} on seeds that are not reported ({seeds})"
     if tests:
         lines.append(

@@ -25,6 +25,7 @@ class Arm(NamedTuple):
 BASELINE, UNIFIED = Arm("baseline", "baseline"), Arm("unified", "unified", "baseline")
 DECAYS = {"all": "decay on every γ", "input": "decay on the input role", "output": "decay on the output role",
           "none": "no decay on γ"}
+QK_NORM = "QK-norm, no decay on γ, own rate"
 STARTS = {"N(0, 0.02)": "--init_std=0.02 --embedding_std=0.02", "1/√fan_in": "--init_std=0 --embedding_std=0"}
 # figure1 to figure10 are the paper's, the others ours. Unified against the baseline is only in primary, one verdict.
 SUITES = {
@@ -64,8 +65,10 @@ SUITES = {
                  Arm("u on the LM head only", "--head_placement=dual", "baseline"),
                  Arm("1 + w", "zero_centred", "baseline"),
                  Arm("1 + w, no decay on γ", "zero_centred --scale_decay=none", "baseline"),
-                 Arm("free", "unified_free", "baseline"), Arm("light", "unified_light", "baseline"),
-                 Arm("unified vs QK-norm, no decay on γ", "unified", "QK-norm, no decay on γ")],
+                 Arm("free", "unified_free", "baseline"), Arm("light", "unified_light", "baseline")],
+    # the strongest control, as tuned as unified is
+    "qk_norm": [BASELINE, Arm(QK_NORM, "qk_norm --scale_decay=none", "baseline", QK_NORM),
+                Arm("unified, own rate", "unified", QK_NORM, "unified, own rate")],
     "readings": [Arm("unified", "unified"), Arm("head DP", "unified --head_placement=dual", "unified"),
                  Arm("head without u and norm", "unified --head_placement=input", "unified"),
                  Arm("decay on α too", "unified_decay_direction", "unified"),
@@ -123,8 +126,8 @@ def parse(args):
         raise ConfigError("--lrs takes one rate, or three and more: of two, the best is always at the end of the grid")
     if opt.lrs[1:] and set(opt.seeds) & set(opt.tune_seeds):
         raise ConfigError("--seeds and --tune_seeds share a seed: the rate chosen on it looks better there than it is")
-    if opt.sizes and args[0] not in SIZES:
-        raise ConfigError(f"--sizes is for {' and '.join(SIZES)}")
+    if (opt.sizes or opt.tokens_per_param != Options.tokens_per_param) and args[0] not in SIZES:
+        raise ConfigError(f"--sizes and --tokens_per_param are for {' and '.join(SIZES)}")
     opt.sizes = (opt.sizes or SIZES.get(args[0], "")).split(",")
     return args[0], opt, base
 

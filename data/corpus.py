@@ -102,7 +102,8 @@ def write_corpus(files, out, tokenizer, unit=str):
     """
     Tokenises files into a corpus in the folder out. All of its tokens are in memory at once, 2 bytes each.
 
-    files: [(key, path)], written in the order of their keys; a file and the links to it are one document, with the first key
+    files: [(key, path)], written in the order of their keys; a file and the links to it are one document, with the
+    first key
     tokenizer: 'bytes' or 'gpt2'
     unit: maps a key to the name whose hash decides the split; files with the same name stay on one side
     Raises ConfigError if no file holds text, or if one cannot be read.

@@ -151,8 +151,10 @@ def test_longer_runs_take_the_rate_of_the_arm_they_name(tiny):
     (["primary", "--jobs=0"], "jobs must be at least 1"), (["primary", "--n_head=3"], "not divisible by n_head"),
     (["primary", "--batch_tokens=33"], "not divisible by block_size"), (["a/x.py,b/x.py"], "of different names"),
     (["primary", "--lrs=1,2,3", "--seeds=1,101"], "share a seed"), (["figure6", "--sizes=1@²"], "as in 2@100"),
-    (["figure6", "--sizes=²"], "there is no such file"),
-    (["primary", "--sizes=1"], "is for figure6 and figure7"),
+    (["figure6", "--sizes=²"], "there is no such file"), (["figure6", "--sizes=1@0"], "as in 2@100"),
+    (["figure6", "--sizes=1,1"], "each size once"),
+    (["primary", "--sizes=1"], "are for figure6 and figure7"),
+    (["primary", "--tokens_per_param=100"], "are for figure6 and figure7"),
     (["primary", "--lrs=1e-3,2e-3"], "takes one rate, or three and more"),
     (["primary", "--device=cuda:99"], "cannot be used here"), (["primary", "--max_step=3"], "Did you mean 'max_steps'"),
     (["primary", "--reparam=or"], "cannot hold for every cell: baseline has reparam 'direct'"),
@@ -285,6 +287,8 @@ def test_rows_of_results_csv_count_as_finished_cells_in_another_clone(fake, caps
     monkeypatch.setattr(ablate, "code_hash", lambda: "other")
     assert ablate.main([ONE, "--seeds=1", *fake, "--out=r"]) == 0
     assert [row["code"] for row in table("r")] == ["other"] and len(stamps()) == 4
+    old, = Path("r").glob("results.*.csv")
+    assert len(ablate.read_csv(old)) == 4, "the rows of the older code are kept"
     Path("r/results.csv").write_text("arm,cell\nunified,x\n")
     with pytest.raises(ConfigError, match="r/results.csv has other columns"):
         ablate.main([ONE, "--seeds=1", *fake, "--out=r"])
@@ -335,11 +339,14 @@ def test_ctrl_c_stops_the_cells_and_the_same_command_continues(fake, tmp_path, c
     assert ablate.main(args) == 0 and [row["seed"] for row in table("out/ablate/unified")] == ["1", "77", "78"]
 
 
-def test_no_cell_starts_while_the_code_is_not_what_its_name_says(fake, monkeypatch, capsys):
-    codes = iter(range(9))
+def test_no_cell_starts_while_the_code_is_not_what_its_name_says_and_older_results_stay(fake, monkeypatch, capsys):
+    args, codes = [ONE, "--seeds=1,2", *fake, "--out=r"], iter(range(9))
+    assert ablate.main(args) == 0
+    before = Path("r/results.csv").read_text(), Path("r/results.md").read_text()
     monkeypatch.setattr(ablate, "code_hash", lambda: f"code {next(codes)}")
-    assert ablate.main([ONE, "--seeds=1,2", *fake]) == 1
-    assert "the code has changed since the start" in capsys.readouterr().err and not stamps()
+    assert ablate.main(args) == 1
+    assert "the code has changed since the start" in capsys.readouterr().err and len(stamps()) == 2
+    assert (Path("r/results.csv").read_text(), Path("r/results.md").read_text()) == before
 
 
 def test_names_that_are_not_utf8_and_names_with_marks_of_markdown(fake, capsys):

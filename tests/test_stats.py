@@ -155,7 +155,9 @@ def test_the_grid_says_which_rate_was_best_and_whose_tuning_it_was():
     assert line_of(text, "| base | 2.2")[2:5] == ["2.2000", "**2.1000**", "2.3500"]
     assert line_of(text, "| arm | 2.2")[2:5] == ["2.2000", "2.1000", "**2.0000**"]
     assert "- Not tuned: `arm`: at the end." in text and "each at its own best learning rate on seeds" in text
-    assert "all at the learning rate that is best for the reference" in text_of(both, "x --tune=reference")
+    assert "all at the learning rate that is best for the reference on" in text_of(both, "x --tune=reference")
+    both[-1]["lr"] = both[0]["lr"] = 3e-3
+    assert "best for the reference, or at its own where lr differs, on" in text_of(both, "x --tune=reference")
 
 
 def test_names_cannot_break_the_table():
