@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(HERE))
 
-from configurator import ConfigError, Parser, configure, refuse, streams
+from configurator import ConfigError, Parser, configure, read_json, refuse, streams
 
 STRATEGIES = {"overhead": "baseline,unified,unified --head_placement=input,unified_light,unified_free,hg,dp,"
               "baseline --placement=after,or", "profile": "baseline,unified"}  # where none are named
@@ -35,7 +35,8 @@ def arguments(args=None):
     add("what", choices=("kernels", "overhead", "peers", "profile"))
     add("--strategies", default="", help="for overhead, which compares with the first, and profile: names in config, "
         "separated by commas, each with flags if you like: 'baseline,unified --reparam=er'")
-    add("--ways", default="eager,compiled", help="eager, compiled, or (the default) both")
+    add("--ways", default="eager,compiled", choices=("eager", "compiled", "eager,compiled"), metavar="WAYS",
+        help="eager, compiled, or (the default) both")
     add("--size", default="", help="in config/size, or a file; default: llama_0.12b on a GPU, quickstart on a CPU")
     add("--rounds", default=0, type=int, help="in each, every arm has a turn; default: 30 on a GPU, 60 on a CPU")
     add("--block", default=0, type=int, help="steps of an arm per turn; default: 10 on a GPU, 1 on a CPU")
@@ -52,7 +53,6 @@ if __name__ == "__main__":
 
 import importlib.util
 import itertools
-import json
 import random
 import re
 import statistics
@@ -171,7 +171,6 @@ def report(name, rows, a, notes, say=True):
     where = f"`python {a.command}`: " + ", ".join(f"{key} {value}" for key, value in where.items())
     if getattr(a, "tuned", None):
         where += f", constants {kernels.TUNED}"
-    a.out.mkdir(parents=True, exist_ok=True)
     (a.out / f"{name}.md").write_text("\n".join([rows, "", *notes, a.ceilings.said, "", where, ""]), encoding="utf-8")
 
 
@@ -440,7 +439,10 @@ VERBS = {"kernels": bench_kernels, "overhead": bench_overhead, "peers": bench_pe
 
 
 def prepare(a, command):
-    """Complete what arguments() returned for this machine. command: how it was called."""
+    """Complete what arguments() returned for this machine. command: how it was called. Raises ConfigError."""
+    if min(a.rounds, getattr(a, "block", 0)) < 0:
+        raise ConfigError("--rounds and --block cannot be negative")
+    a.out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     cuda = torch.cuda.is_available()
     a.until = time.monotonic() + a.seconds
     a.device, a.dtype, *_ = pick_device(Settings(device="cuda" if cuda else "cpu"))
@@ -459,13 +461,18 @@ def main(a, command):
     a.name = size_name(a.size)
     a.strategies, a.ways = (a.strategies or STRATEGIES.get(a.what, "")).split(","), a.ways.split(",")
     if a.tuned:
-        kernels.TUNED = json.loads(a.tuned.read_text(encoding="utf-8"))
+        kernels.TUNED = read_json(a.tuned)
     VERBS[a.what](a)
 
 
-if __name__ == "__main__":
+def run(main, asked):
+    """main(asked, command) of a script, whose mistakes are one line on stderr and an exit code."""
     streams()
     try:
         main(asked, sys.argv[1:])
-    except ConfigError as e:
-        refuse(e)
+    except (ConfigError, OSError) as e:
+        refuse(e, 1 if isinstance(e, OSError) else 2)
+
+
+if __name__ == "__main__":
+    run(main, asked)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -307,6 +308,25 @@ def test_bad_requests_are_refused(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match="pip install transformers"):
         run("peers")
+
+
+@pytest.mark.parametrize("script, flag, code, said", [
+    ("bench.py", "--ways=compile", 2, "invalid choice: 'compile'"),
+    ("bench.py", "--tuned=nope.json", 2, "nope.json: there is no such file"),
+    ("bench.py", "--rounds=-1", 2, "cannot be negative"),
+    ("bench.py", "--out=toy.py/out", 1, "Not a directory"),
+    ("results/step.py", "--size=nope", 2, "nope.py: there is no such file")])
+@pytest.mark.usefixtures("run")
+def test_mistakes_are_one_line_and_an_exit_code(script, flag, code, said, tmp_path, monkeypatch, capsys):
+    for name in ("stdout", "stderr", "excepthook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # undoes what the script replaces
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [script, *["overhead"] * (script == "bench.py"), f"--out={tmp_path}", flag])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == code and len(lines) == 1 and said in lines[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
