@@ -263,18 +263,19 @@ def scaling(arms, fits):
 
 SITES = {"attn.qkv.v": "attention, input", "attn.qkv.u": "attention, output", "attn": "QK-norm",
          "ffn.gate_up.v": "FFN, input", "ffn.gate_up.u": "FFN, output", "ffn.router.v": "router, input",
-         "ffn.experts.gate_up.v": "experts, input", "ffn.experts.gate_up.u": "experts, output", "": "post-norm",
-         "lm_head.v": "LM head, input", "lm_head.u": "LM head, output"}
+         "ffn.experts.gate_up.v": "experts, input", "ffn.experts.gate_up.u": "experts, output",
+         "ffn.shared.gate_up.v": "shared expert, input", "ffn.shared.gate_up.u": "shared expert, output",
+         "": "post-norm", "lm_head.v": "LM head, input", "lm_head.u": "LM head, output"}
 
 
 def gamma_series(scales):
     """
     {(layer, site, branch): {column: (k,)}} of one run's scales.csv. The key of 'blocks.3.attn.qkv.v.q' is
-    ('3', 'attn.qkv.v', 'q'); what a name does not have is empty.
+    ('3', 'attn.qkv.v', 'q'), an expert's branch 'gate.3'; what a name does not have is empty.
     """
     rows, columns = defaultdict(list), ("step", "mean", "std", "norm")
     for row in scales:
-        key = re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:(.*)\.)?(.*)", row["name"]).groups("")
+        key = re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:(.*?)\.)?([^.]*(?:\.\d+)?)", row["name"]).groups("")
         rows[key].append([float(row[column]) for column in columns])
     return {key: dict(zip(columns, np.array(group).T)) for key, group in rows.items()}
 

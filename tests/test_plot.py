@@ -196,11 +196,14 @@ def test_refusals(tmp_path):
 
 
 def test_scale_vectors_by_layer_and_branch():
-    names = "blocks.11.attn.qkv.u.q", "blocks.0.attn.q_scale", "blocks.2.ffn_post", "lm_head.v.shared"
+    names = "blocks.11.attn.qkv.u.q", "blocks.0.attn.q_scale", "blocks.2.ffn_post", "lm_head.v.shared", *(
+        f"blocks.0.ffn.{name}" for name in ("experts.gate_up.u.gate.3", "shared.gate_up.u.up"))
     rows = [{"name": name, "step": step, "mean": 1, "std": 2, "norm": 3} for step in (0, 10) for name in names]
     series = plot.gamma_series(rows)
     assert list(series) == [("11", "attn.qkv.u", "q"), ("0", "attn", "q_scale"), ("2", "", "ffn_post"),
-                            ("", "lm_head.v", "shared")]
+                            ("", "lm_head.v", "shared"), ("0", "ffn.experts.gate_up.u", "gate.3"),
+                            ("0", "ffn.shared.gate_up.u", "up")]
+    assert len(plot.magnitudes({"arm": series}).axes) == 6
     for found in series.values():
         assert [x.tolist() for x in found.values()] == [[0, 10], [1, 1], [2, 2], [3, 3]]
 
