@@ -59,14 +59,13 @@ SUITES = {
     "primary": [BASELINE, UNIFIED],
     "controls": [BASELINE, Arm("no decay on γ", "wd_none", "baseline"), Arm("QK-norm", "qk_norm", "baseline"),
                  Arm("QK-norm, a γ per channel", "qk_norm_per_channel", "baseline"),
-                 Arm("QK-norm, no decay on γ", "qk_norm --scale_decay=none", "baseline"),
                  Arm("DNP's norms, γ only before W", "norm", "baseline"),
                  Arm("DNP's norms, no γ", "norm --scale_vectors=False", "baseline"),
                  Arm("u on the LM head only", "--head_placement=dual", "baseline"),
                  Arm("1 + w", "zero_centred", "baseline"),
                  Arm("1 + w, no decay on γ", "zero_centred --scale_decay=none", "baseline"),
                  Arm("free", "unified_free", "baseline"), Arm("light", "unified_light", "baseline")],
-    # the strongest control, as tuned as unified is
+    # the strongest control, tuned as unified is
     "qk_norm": [BASELINE, Arm(QK_NORM, "qk_norm --scale_decay=none", "baseline", QK_NORM),
                 Arm("unified, own rate", "unified", QK_NORM, "unified, own rate")],
     "readings": [Arm("unified", "unified"), Arm("head DP", "unified --head_placement=dual", "unified"),
