@@ -80,13 +80,13 @@ def statements(folder, paper):
                 seen.add(words)
             figure = "figure10" if suite == "primary" else suite  # where the paper compares the two at one size
             panel, number = paper.get((figure, name, reference), ("", None))
-            if number is None and name not in lab and name not in larger:
+            arms = [compared(results, name) for results in (lab, larger)]
+            if number is None and not any(arms):
                 missing[suite] += 1
                 continue
             theirs = "" if number is None else "no difference" if number == 0 else f"{number:+.4f} ({panel})"
             what = name if " vs " in name else f"{name} vs {reference}"
             link = f"[{suite}]({suite}{'' if lab else LARGER}/results.md)" if lab or larger else suite
-            arms = [compared(results, name) for results in (lab, larger)]
             rows.append([link, escaped(what), theirs, *map(ours, arms), agrees(number, arms[0] or arms[1])])
     return rows, missing
 
