@@ -58,10 +58,6 @@ from runs import (
 class Diverged(RuntimeError):
     """The loss or a gradient is no longer finite."""
 
-    def __init__(self, step, what, s):
-        super().__init__(f"step {step}: {what}. Try a lower --lr, a longer --warmup_steps or another --seed; "
-                         f"{s.out_dir} keeps what was saved before")
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # setting up
@@ -198,7 +194,8 @@ def finish(step, lr, read, overflow, s):
     """Wait for a step. Returns (its row of log.csv, whether any process wants to stop). Raises Diverged."""
     loss, norm, stop = read()
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):  # never saved
-        raise Diverged(step, f"loss {loss}, gradient norm {norm}", s)
+        raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}. Try a lower --lr, a longer --warmup_steps "
+                       f"or another --seed; {s.out_dir} keeps what was saved before")
     return {"train_loss": f"{loss:.6f}", "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}"}, bool(stop)
 
 
@@ -301,7 +298,7 @@ def train(s, out, train_data, val_data, fingerprint, machine, rank=0, world=1, d
                 if step % s.eval_interval == 0 or step == s.max_steps:
                     val_loss, logit_std = evaluate(model, val_data, s, device, rank, world)
                     if not math.isfinite(val_loss):  # an update may diverge after a finite loss and gradient
-                        raise Diverged(step, f"loss {val_loss} on the validation split", s)
+                        raise Diverged(f"step {step}: loss {val_loss} on the validation split. Try a lower --lr")
                     row.update(val_loss=f"{val_loss:.6f}", logit_std=f"{logit_std:.6g}")
                 if master and (step % s.log_interval == 0 or "val_loss" in row or last):
                     log.write(step, row, skipped, routed, seconds, raw_model)
