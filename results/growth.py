@@ -107,4 +107,4 @@ def main(a, command):
 
 
 if __name__ == "__main__":
-    main(asked, sys.argv[1:])
+    bench.run(main, asked)
