@@ -72,6 +72,8 @@ def statements(folder, paper):
         if suite in SIZES:  # the arms are named by size, which the results know
             pairs = [(name, a["reference"]) for name, a in lab.items() if a["reference"]] or pairs
         for name, reference in pairs:
+            if name.endswith(" at lab"):  # the primary's
+                continue
             if name in planned:
                 words = frozenset((planned[x].words, planned[x].rate, planned[x].steps, suite if suite in SIZES else "")
                                   for x in (name, reference))
