@@ -49,8 +49,8 @@ case $what in
     done ;;
   lab)
     shape=(config/size/lab.py --dtype=float32 --compile=True --lrs=2e-3,4e-3,8e-3,16e-3,32e-3 --tune=reference)
-    names=(controls start figure3)
-    [[ ${tiny[*]} ]] || names+=(figure6 figure7)  # they have sizes of their own
+    names=(start figure3)
+    [[ ${tiny[*]} ]] || names+=(figure7)  # it has sizes of its own
     for name in "${names[@]}"; do
       suite "$name" "$name" "${shape[@]}" --seeds=11,12,13,14,15 "${tiny[@]}"
     done ;;
