@@ -156,7 +156,7 @@ def update(model, optimizers, scaler, loss, stop=False, grad_clip=1.0, world=1):
     if not status.is_cuda:
         return status.tolist, overflow
     copy, copied = status.to("cpu", non_blocking=True), torch.cuda.Event()
-    copied.record()  # to wait for this step alone, not for what the GPU is given later
+    copied.record()  # to wait only for this step, not for what the GPU is given later
     return lambda: copied.synchronize() or copy.tolist(), overflow
 
 

@@ -5,7 +5,7 @@ Other ways to make a training step, compared with the step of train.py: results/
     python results/step.py --strategy=unified                     of another strategy
     python results/step.py --liger                                with Liger's fused linear cross-entropy
 
-waiting: the CPU waits for each step before it launches the next one. CUDA graphs: no gaps between launches; memory_mb
+waiting: the CPU waits for every step before it launches the next one. CUDA graphs: no gaps between launches; memory_mb
 does not count what they keep between steps. combo kernels: torch.compile joins kernels that do not depend on each
 other. The loss: the LM head's matrix product and the cross-entropy, forward and backward.
 """
